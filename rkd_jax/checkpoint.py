@@ -1,0 +1,6 @@
+"""Networks and training states on disk, by Orbax. (being written)
+
+A network is a folder: `variables/` (Orbax) and `metadata.json`.
+"""
+def save_network(path, variables, metadata): ...
+def load_network(path, name=None, num_classes=None): ...
