@@ -1,18 +1,149 @@
-"""Networks by the names of the distillation community, one file per family. (being written)"""
+"""Networks by the names of the distillation community, one file per family; its NETWORKS maps names to factories.
 
-from typing import NamedTuple
+>>> model = create("resnet8x4", num_classes=100)
+>>> variables = model.init(jax.random.key(0), images, train=False)  # images [B, H, W, K], normalised float
+>>> outputs = model.apply(variables, images, train=False)
+>>> outputs, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
 
+A name with a form of its own for a size of image has it as NAME_64x64; `image_size=64` finds it. A network of your own
+is "my_module:factory", where factory(num_classes=...) returns a Flax module (see `create`).
+"""
+
+import difflib
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
+
+from rkd_jax.models._fold import fold
+from rkd_jax.models.layers import full_precision
+
+__all__ = ["Adapter", "Outputs", "create", "fold", "names", "resolve"]
 
 
 class Outputs(NamedTuple):
     """What every network returns, float32.
 
-    `features` are the stages' maps after their activation, NHWC, and `preactivations` the same maps before it;
-    what is not used costs nothing under jit.
+    `features` are the stages' maps after their activation and `preactivations` the same maps before it, from the stem
+    on; each family's file says where they lie. What is not used costs nothing under jit.
     """
 
     logits: jax.Array  # [B, C]
     features: tuple[jax.Array, ...]  # per stage, NHWC, after the activation
     embedding: jax.Array  # [B, D], the classifier's input
     preactivations: tuple[jax.Array, ...] = ()  # per stage, NHWC, before the activation
+
+    @classmethod
+    def of(
+        cls,
+        logits: jax.Array,
+        features: Iterable[jax.Array],
+        embedding: jax.Array,
+        preactivations: Iterable[jax.Array] = (),
+    ) -> "Outputs":
+        """The outputs as float32, whatever the compute dtype."""
+        return jax.tree.map(full_precision, cls(logits, tuple(features), embedding, tuple(preactivations)))
+
+
+def create(
+    name: str,
+    num_classes: int,
+    dtype: Any = jnp.float32,
+    image_size: int | None = None,
+    field: str = "config.student",
+) -> nn.Module:
+    """The network of that name, case-insensitive; its `__call__(images, train=False)` returns `Outputs`.
+
+    Args:
+      name: one of `names()`, or "my_module:factory" for your own: factory(num_classes=...) returns a Flax module,
+        called as module(images, train=...), that returns Outputs or logits [B, C]; it is given dtype if it takes one.
+      num_classes: C.
+      dtype: compute dtype, float32 or bfloat16; parameters, batch normalisation and all outputs are float32.
+      image_size: side of the images, for the names that have a form of their own at that size.
+      field: the config field that gave the name, for the error.
+
+    Raises:
+      ValueError: no such network (names the nearest), or a module of one's own that cannot be used.
+    """
+    if ":" in name:
+        return _own(name, num_classes, dtype, field)
+    return _networks()[resolve(name, image_size, field)](num_classes=num_classes, dtype=dtype)
+
+
+def resolve(name: str, image_size: int | None = None, field: str = "config.student") -> str:
+    """The network's name as `names()` spells it, in its form for images of that size; ValueError as of `create`."""
+    if ":" in name:
+        return name
+    spelled = {known.lower(): known for known in names()}
+    if name.lower() not in spelled:
+        near = difflib.get_close_matches(name.lower(), spelled, n=1)
+        raise ValueError(
+            f"{field}={name!r} is no network" + (f"; did you mean {spelled[near[0]]!r}?" if near else ".")
+            + f" There are {', '.join(names())}, and my_module:factory for your own."
+        )  # fmt: skip
+    return spelled.get(f"{name}_{image_size}x{image_size}".lower(), spelled[name.lower()])
+
+
+def names() -> tuple[str, ...]:
+    """The networks of this package, family by family."""
+    return tuple(_networks())
+
+
+@functools.cache
+def _networks() -> dict[str, Callable[..., nn.Module]]:
+    modules = (module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+    families = (importlib.import_module(f"{__name__}.{module}") for module in modules)
+    return {name: factory for family in families for name, factory in getattr(family, "NETWORKS", {}).items()}
+
+
+class Adapter(nn.Module):
+    """A network of the user's own, made to return Outputs; its variables stay as they are."""
+
+    network: nn.Module
+    name_given: str
+    num_classes: int
+
+    def setup(self):
+        """Gives the variables no level of their own."""
+        nn.share_scope(self, self.network)
+
+    def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
+        """Outputs as they come; logits alone become Outputs without features, the logits being the embedding too."""
+        found = self.network(images, train=train)
+        logits = found.logits if isinstance(found, Outputs) else found
+        if getattr(logits, "shape", None) != (len(images), self.num_classes):
+            what = f"an array of shape {found.shape}" if hasattr(found, "shape") else f"a {type(found).__name__}"
+            what = f"logits of shape {logits.shape}" if isinstance(found, Outputs) else what
+            raise ValueError(
+                f"network {self.name_given!r} returned {what} for {len(images)} images of {self.num_classes} classes; "
+                f"return rkd_jax.models.Outputs, or logits of shape ({len(images)}, {self.num_classes})"
+            )
+        return Outputs.of(*found) if isinstance(found, Outputs) else Outputs.of(found, (), found)
+
+
+def _own(name: str, num_classes: int, dtype: Any, field: str) -> nn.Module:
+    module, attribute = name.split(":", 1)
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{field}={name!r} cannot be imported: {error}; write it as my_module:factory, with my_module.py in the "
+            "working directory or installed"
+        ) from error
+    options = {"dtype": dtype} if "dtype" in inspect.signature(factory).parameters else {}
+    try:
+        network = factory(num_classes=num_classes, **options)
+    except TypeError as error:
+        raise ValueError(f"{field}={name!r}: {error}; it is called as factory(num_classes={num_classes})") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{field}={name!r} returned a {type(network).__name__}; return a flax.linen.Module")
+    parameters = inspect.signature(type(network).__call__).parameters.values()
+    if not any(parameter.name == "train" or parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
+        raise ValueError(f"{field}={name!r}: its __call__ lacks `train`; define __call__(self, images, train=False)")
+    return Adapter(network, name, num_classes)

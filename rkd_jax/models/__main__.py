@@ -1,0 +1,79 @@
+"""The table of networks: python -m rkd_jax.models [NAME ...] [--num_classes 100] [--image_size 32].
+
+MMACs are the millions of multiply-adds of the convolutions and the classifier for one image, as papers count them.
+XLA is half the floating-point operations that XLA finds in the inference program, in millions: its cost analysis leaves
+out the products with padding, and counts batch normalisation and activations.
+"""
+
+import argparse
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rkd_jax import models
+
+
+class Row(NamedTuple):
+    """A network in figures."""
+
+    name: str
+    parameters: int
+    mmacs: float
+    xla: float
+    embedding: int
+    features: tuple[str, ...]  # channels@side
+
+    def __str__(self) -> str:
+        figures = f"{self.name:18} {self.parameters:>10,} {self.mmacs:>8,.1f} {self.xla:>8,.1f} {self.embedding:>9}"
+        return f"{figures}  {' '.join(self.features)}"
+
+
+def describe(name: str, num_classes: int = 100, image_size: int = 32) -> Row:
+    """A network's parameters, costs and shapes, for one RGB image; nothing is computed."""
+    model = models.create(name, num_classes, image_size=image_size)
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    macs = []
+
+    def count(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if isinstance(context.module, nn.Conv | nn.Dense) and context.method_name == "__call__":
+            macs.append(out.size * math.prod(context.module.variables["params"]["kernel"].shape[:-1]))
+        return out
+
+    with nn.intercept_methods(count):
+        outputs = jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
+    inference = jax.jit(lambda v, x: model.apply(v, x, train=False).logits).lower(variables, images)
+    return Row(
+        models.resolve(name, image_size),
+        sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        sum(macs) / 1e6,
+        inference.cost_analysis()["flops"] / 2e6,
+        outputs.embedding.shape[-1],
+        tuple(f"{feature.shape[-1]}@{feature.shape[1]}" for feature in outputs.features),
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rkd_jax.models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: every network")
+    parser.add_argument("--num_classes", type=int, default=100)
+    parser.add_argument("--image_size", type=int, default=32, help="side in pixels")
+    args = parser.parse_args(argv)
+    try:
+        names = [models.resolve(name, args.image_size, field="NAME") for name in args.names or models.names()]
+    except ValueError as error:
+        parser.exit(1, f"error: {error}\n")
+    print(f"{'network':18} {'parameters':>10} {'MMACs':>8} {'XLA':>8} {'embedding':>9}  features, channels@side")
+    for name in dict.fromkeys(names):
+        print(describe(name, args.num_classes, args.image_size), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The layers that every family shares, with PyTorch's conventions, so that its checkpoints mean the same here.
+
+Called inside a compact method. Names follow PyTorch's keys with "_" for ".": `layer1_0/conv1/kernel` is
+`layer1.0.conv1.weight`, and that rule is all that conversion needs. The input's dtype is the compute dtype; parameters,
+batch normalisation and the classifier stay float32.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+
+EPSILON = 1e-5  # of batch normalisation
+kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015; N(0, 2 / (k * k * out))
+torch_default = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's: U(-1/sqrt(in), 1/sqrt(in))
+
+
+def torch_default_bias(fan_in: int) -> Initializer:
+    """PyTorch's default for the bias of a layer with `fan_in` inputs an output: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -1.0, 1.0) * fan_in**-0.5
+
+
+def full_precision(x: jax.Array) -> jax.Array:
+    """bfloat16 as float32; float64 (jax.enable_x64) as it is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all but the last axis, as PyTorch's BatchNorm2d: eps 1e-5, momentum 0.1 of the new.
+
+    Normalises by the biased batch variance and averages the unbiased one, which Flax's own does not. Computed in
+    float32, returned in the input's dtype. Without statistics it is the affine map that `rkd_jax.models.fold` leaves.
+    """
+
+    follows: str = ""  # the sibling convolution whose output goes here and nowhere else, so that it may be folded
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[..., C] -> [..., C]; train: normalise by the batch's statistics and update the running ones."""
+        shape, compute_dtype, x = x.shape[-1:], x.dtype, full_precision(x)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        if self._is_folded():
+            scale = self.get_variable("params", "scale") if self.has_variable("params", "scale") else 1.0
+            return (x * scale + bias).astype(compute_dtype)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        if train:
+            mean, var = _moments(x, around=running_mean.value)
+            if not self.is_initializing():
+                count = x.size // x.shape[-1]
+                running_mean.value = 0.9 * running_mean.value + 0.1 * mean
+                running_var.value = 0.9 * running_var.value + 0.1 * var * (count / max(count - 1, 1))
+        else:
+            mean, var = running_mean.value, running_var.value
+        return ((x - mean) * (scale * jax.lax.rsqrt(var + EPSILON)) + bias).astype(compute_dtype)
+
+    def _is_folded(self) -> bool:
+        return not self.is_initializing() and not self.has_variable("batch_stats", "mean")
+
+
+def _moments(x: jax.Array, around: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance per channel in one pass; shifted by a near value, so that nothing cancels."""
+    axes = tuple(range(x.ndim - 1))
+    shifted = x - around
+    mean = shifted.mean(axes)
+    return mean + around, jnp.maximum(jnp.square(shifted).mean(axes) - jnp.square(mean), 0.0)
+
+
+def conv(
+    x: jax.Array,
+    features: int,
+    name: str,
+    kernel: int = 3,
+    stride: int = 1,
+    groups: int = 1,
+    padding: int | None = None,
+    init: Initializer = kaiming_normal,
+    bias_init: Initializer | None = None,
+) -> jax.Array:
+    """A square convolution, NHWC; padding of every side (default: kernel // 2), not Flax's SAME at stride 2."""
+    padding = kernel // 2 if padding is None else padding
+    layer = nn.Conv(
+        features, (kernel, kernel), strides=stride, padding=padding, feature_group_count=groups, dtype=x.dtype,
+        use_bias=bias_init is not None, kernel_init=init, bias_init=bias_init or nn.initializers.zeros, name=name,
+    )  # fmt: skip
+    return layer(x)
+
+
+def conv_bn(x: jax.Array, train: bool, features: int, names: tuple[str, str], **options) -> jax.Array:
+    """A convolution and its batch normalisation, `names` in this order; the options are `conv`'s."""
+    return BatchNorm(follows=names[0], name=names[1])(conv(x, features, names[0], **options), train)
+
+
+def classifier(x: jax.Array, num_classes: int, name: str, std: float | None = None) -> jax.Array:
+    """The last layer, in float32, [B, D] -> [B, C]; weights N(0, std) and bias 0, or PyTorch's default (std None)."""
+    kernel_init = torch_default if std is None else nn.initializers.normal(std)
+    bias_init = torch_default_bias(x.shape[-1]) if std is None else nn.initializers.zeros
+    return nn.Dense(num_classes, kernel_init=kernel_init, bias_init=bias_init, name=name)(full_precision(x))
+
+
+def pool(x: jax.Array) -> jax.Array:
+    """Global average, in float32: [B, H, W, D] -> [B, D]."""
+    return full_precision(x).mean((1, 2))
+
+
+def shuffle(x: jax.Array, groups: int) -> jax.Array:
+    """Interleaves the channels of `groups` groups (Zhang et al. 2018, ShuffleNet)."""
+    return x.reshape(*x.shape[:-1], groups, -1).swapaxes(-1, -2).reshape(x.shape)

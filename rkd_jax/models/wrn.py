@@ -1,0 +1,65 @@
+"""Wide residual networks (Zagoruyko and Komodakis 2016, arXiv:1605.07146): wrn_DEPTH_WIDTH, pre-activation blocks.
+
+A pre-activation network ends no stage with an activation. So preactivations are the stages' sums (the stem's output
+first) after the batch normalisation that opens what comes next, and features are their ReLU: what the next stage reads.
+PyTorch zoos tap the sums themselves as features; their preactivations are these.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rkd_jax.models import Outputs
+from rkd_jax.models.layers import BatchNorm, classifier, conv, conv_bn, pool
+
+
+class Block(nn.Module):
+    """x + two 3x3 convolutions of relu(bn1(x)); a shortcut that changes channels reads relu(bn1(x)) too."""
+
+    features: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> tuple[jax.Array, jax.Array]:
+        """[B, H, W, K] -> the sum [B, H / stride, W / stride, features], and bn1(x)."""
+        preactivation = BatchNorm(name="bn1")(x, train)
+        activated = nn.relu(preactivation)
+        y = nn.relu(conv_bn(activated, train, self.features, ("conv1", "bn2"), stride=self.stride))
+        y = conv(y, self.features, "conv2")
+        if x.shape[-1] != self.features:
+            x = conv(activated, self.features, "convShortcut", kernel=1, stride=self.stride)
+        return x + y, preactivation
+
+
+class WideResNet(nn.Module):
+    """A 16-channel stem and three stages of `blocks` blocks, of 16, 32 and 64 times `width` channels."""
+
+    num_classes: int
+    blocks: int  # per stage
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
+        """Images [B, H, W, K], normalised; train: use and update the batch statistics."""
+        x = conv(images.astype(self.dtype), 16, "conv1")
+        preactivations = []
+        for stage, channels in enumerate((16, 32, 64), start=1):
+            for i in range(self.blocks):
+                stride = 2 if stage > 1 and i == 0 else 1
+                x, before = Block(channels * self.width, stride, name=f"block{stage}_layer_{i}")(x, train)
+                if i == 0:
+                    preactivations.append(before)
+        preactivations.append(BatchNorm(name="bn1")(x, train))
+        features = [nn.relu(preactivation) for preactivation in preactivations]
+        embedding = pool(features[-1])
+        return Outputs.of(classifier(embedding, self.num_classes, "fc"), features, embedding, preactivations)
+
+
+NETWORKS = {
+    f"wrn_{depth}_{width}": functools.partial(WideResNet, blocks=(depth - 4) // 6, width=width)
+    for depth in (16, 40)
+    for width in (1, 2)
+}

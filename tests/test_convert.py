@@ -1,0 +1,387 @@
+"""PyTorch files read and written: every layout, both formats, and what is wrong with the bad ones."""
+
+import collections
+import pickle
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rkd_jax import checkpoint, convert, models, torch_file
+
+torch = pytest.importorskip("torch")
+import safetensors.torch  # noqa: E402
+import torch_networks  # noqa: E402
+
+FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+
+
+def state_dict(name="resnet8", num_classes=10, seed=0):
+    torch.manual_seed(seed)
+    return torch_networks.create(name, num_classes).state_dict()
+
+
+def save(tree, path, zipped=True):
+    torch.save(tree, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+def prefixed(state, prefix):
+    return collections.OrderedDict((f"{prefix}{key}", value) for key, value in state.items())
+
+
+def assert_holds(variables, state, name="resnet8", num_classes=10):
+    """The variables are the state dict's, to the bit."""
+    ours = convert.to_torch(variables, name, num_classes)
+    assert {key for key in state if "num_batches" not in key} == {key for key in ours if "num_batches" not in key}
+    for key, array in ours.items():
+        if "num_batches" not in key:
+            np.testing.assert_array_equal(array, state[key].numpy(), err_msg=key)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_round_trip_is_exact_and_strict(name):
+    """Flax -> PyTorch, loaded with strict=True, -> Flax, for every network."""
+    model = models.create(name, 10)
+    images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32), shapes)
+    with torch.device("meta"):  # the reference's keys and shapes, without its values
+        network = torch_networks.create(name, 10)
+    tensors = {key: torch.from_numpy(array) for key, array in convert.to_torch(variables, name, 10).items()}
+    network.load_state_dict(tensors, strict=True, assign=True)
+    again = convert.from_torch(network.state_dict(), name, 10)
+    jax.tree.map(np.testing.assert_array_equal, variables, again)
+
+
+@FORMATS
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda state: state,
+        lambda state: {"model": state},
+        lambda state: {"epoch": 240, "model": state, "accuracy": torch.tensor(72.5), "optimizer": {"state": {0: {}}}},
+        lambda state: {"epoch": 240, "model": state, "best_acc": np.float64(72.5)},
+        lambda state: prefixed(state, "module."),
+        lambda state: {"model": prefixed(state, "module.student.")},
+        lambda state: {"model": prefixed(state, "module.teacher.")},
+        lambda state: {
+            "model": prefixed(state, "module.student.") | prefixed(state_dict("resnet14"), "module.teacher.")
+        },
+        lambda state: collections.OrderedDict(
+            (key, value) for key, value in state.items() if "num_batches_tracked" not in key
+        ),
+        lambda state: {key: torch.nn.Parameter(value) for key, value in state.items() if "num" not in key},
+    ],
+    ids=(
+        "bare",
+        "model",
+        "teacher",
+        "numpy",
+        "module",
+        "student-only",
+        "teacher-only",
+        "student-and-teacher",
+        "uncounted",
+        "parameters",
+    ),
+)
+def test_reads_every_layout(tmp_path, layout, zipped):
+    state = state_dict()
+    path = save(layout(state), tmp_path / "network.pth", zipped)
+    assert_holds(convert.from_torch(path, "resnet8", 10), state)
+
+
+def test_reads_an_optimizers_checkpoint(tmp_path):
+    network = torch_networks.create("resnet8", 10)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
+    network(torch.zeros(2, 3, 4, 4))[0].sum().backward()
+    optimizer.step()
+    tree = {"epoch": 1, "model": network.state_dict(), "optimizer": optimizer.state_dict()}
+    path = save(tree, tmp_path / "last.pth")
+    assert_holds(convert.from_torch(path, "resnet8", 10), network.state_dict())
+
+
+@FORMATS
+def test_reads_every_kind_of_tensor(tmp_path, zipped):
+    kinds = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+    tree = {kind: torch.arange(6).reshape(2, 3).to(getattr(torch, kind)) for kind in kinds}
+    base = torch.arange(24.0).reshape(4, 6)
+    tree |= {"transposed": base.t(), "row": base[2], "strided": base[::2, 1::2], "scalar": base[1, 1]}
+    tree |= {"empty": torch.zeros(0, 3), "nested": [{"a": base}, (1, "b", None)]}
+    found = torch_file.load(save(tree, tmp_path / "x.pt", zipped))
+    for kind in kinds:
+        assert found[kind].dtype == kind
+        np.testing.assert_array_equal(found[kind].astype(np.float32), tree[kind].float().numpy())
+    for key in ("transposed", "row", "strided", "scalar", "empty"):
+        np.testing.assert_array_equal(found[key], tree[key].numpy())
+        assert found[key].shape == tuple(tree[key].shape)
+    np.testing.assert_array_equal(found["nested"][0]["a"], base.numpy())
+    assert found["nested"][1] == (1, "b", None)
+
+
+def test_reads_and_writes_grey_and_half_precision(tmp_path):
+    state = state_dict()
+    state["conv1.weight"] = state["conv1.weight"][:, :1]
+    halved = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+    variables = convert.from_torch(save(halved, tmp_path / "half.pth"), "resnet8", 10)
+    assert variables["params"]["conv1"]["kernel"].shape == (3, 3, 1, 16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
+    assert_holds(variables, {key: value.float() for key, value in halved.items()})
+
+
+def test_safetensors_in_and_out(tmp_path):
+    state = state_dict()
+    safetensors.torch.save_file(state, tmp_path / "in.safetensors")
+    variables = convert.from_torch(tmp_path / "in.safetensors", "resnet8", 10)
+    assert_holds(variables, state)
+    checkpoint.save_network(
+        tmp_path / "folder", variables, {"network": "resnet8", "num_classes": 10, "mean": [0], "std": [1]}
+    )
+    convert.main(["--checkpoint", str(tmp_path / "folder"), "--output", str(tmp_path / "out.safetensors")])
+    torch_networks.create("resnet8", 10).load_state_dict(
+        safetensors.torch.load_file(tmp_path / "out.safetensors"), strict=True
+    )
+
+
+class Evil:
+    """Creates a file when unpickled in the usual way."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@FORMATS
+def test_runs_nothing_that_a_file_says(tmp_path, zipped):
+    path = save({"model": state_dict(), "extra": Evil(tmp_path / "proof")}, tmp_path / "evil.pth", zipped)
+    with pytest.raises(ValueError, match=r"asks for .*io\.open.* was not run. In PyTorch, save weights alone"):
+        convert.from_torch(path, "resnet8", 10)
+    assert not (tmp_path / "proof").exists()
+
+
+def test_refuses_a_pickled_model(tmp_path):
+    path = save(torch_networks.create("resnet8", 10), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"asks for torch_networks.ResNet.*torch.save\(model.state_dict\(\), path\)"):
+        convert.from_torch(path, "resnet8", 10)
+
+
+def forged(path, program, compression=zipfile.ZIP_STORED):
+    """A file of the new format with a pickle of our own making, and one storage of four numbers."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + program + b".")
+        archive.writestr("archive/data/0", np.arange(4, dtype=np.float32).tobytes())
+    return path
+
+
+def forged_tensor(offset, size, stride):
+    plain, name, row = torch_file._plain, torch_file._global, torch_file._tuple
+    storage = row(plain("storage"), name("torch", "FloatStorage"), plain("0"), plain("cpu"), plain(4))
+    arguments = row(storage + pickle.BINPERSID, plain(offset), row(plain(size)), row(plain(stride)))
+    return name("torch._utils", "_rebuild_tensor_v2") + arguments + pickle.REDUCE
+
+
+def test_reads_a_forged_tensor_that_is_sound(tmp_path):
+    """So that the next tests show what they say."""
+    np.testing.assert_array_equal(torch_file.load(forged(tmp_path / "x.pth", forged_tensor(1, 3, 1))), [1, 2, 3])
+
+
+def test_a_shape_does_not_grow_after_its_check(tmp_path):
+    """The shape is a list in the pickle's memo, and longer by the time that the tensor is read."""
+    plain, name, row = torch_file._plain, torch_file._global, torch_file._tuple
+    storage = row(plain("storage"), name("torch", "FloatStorage"), plain("0"), plain("cpu"), plain(4))
+    shape, strides = b"(" + plain(4) + b"lq\x01", b"(" + plain(1) + b"lq\x02"
+    tensor = name("torch._utils", "_rebuild_tensor_v2") + row(storage + b"Q", plain(0), shape, strides) + b"R"
+    grown = b"(" + tensor + b"h\x01" + plain(1000) + b"ah\x02" + plain(1) + b"at"
+    found = torch_file.load(forged(tmp_path / "x.pth", grown))
+    np.testing.assert_array_equal(found[0], np.arange(4))
+    assert found[1:] == ([4, 1000], [1, 1])
+
+
+@pytest.mark.parametrize(
+    ("program", "complaint"),
+    [
+        (forged_tensor(0, 5, 1), "a tensor of shape"),
+        (forged_tensor(4, 1, 1), "a tensor of shape"),
+        (forged_tensor(0, 3, 2), "a tensor of shape"),
+        (forged_tensor(-1, 2, 1), "a tensor of shape"),
+        (forged_tensor(3, 2, -1), "a tensor of shape"),
+        (forged_tensor(0, 2**30, 0), "a tensor of shape"),
+        (forged_tensor(0, 4, 1) + b"}b", "sets the state of a Tensor"),
+        (torch_file._global("torch._utils", "_Tensor"), "asks for torch._utils._Tensor"),
+        (torch_file._global("torch._utils", "_rebuild_tensor_v2") + b"}b", "sets the state of a Maker"),
+        (torch_file._global("builtins", "eval"), "asks for builtins.eval"),
+        (torch_file._global("torch._utils", "_rebuild_tensor_v2.__globals__"), "asks for .*__globals__"),
+        (torch_file._global("numpy", "load"), "asks for numpy.load"),
+        (torch_file._plain("a") * 3 + b"R", "is damaged"),
+    ],
+)
+def test_refuses_a_forged_pickle(tmp_path, program, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        torch_file.load(forged(tmp_path / "x.pth", program))
+
+
+def test_refuses_other_zip_files(tmp_path):
+    with pytest.raises(ValueError, match="is a compressed zip file"):
+        torch_file.load(forged(tmp_path / "x.pth", b"}", zipfile.ZIP_DEFLATED))
+    with zipfile.ZipFile(tmp_path / "y.zip", "w") as archive:
+        archive.writestr("readme", "")
+    with pytest.raises(ValueError, match="but not one of torch"):
+        torch_file.load(tmp_path / "y.zip")
+
+
+@FORMATS
+def test_refuses_a_file_cut_short(tmp_path, zipped):
+    whole = save({"model": state_dict()}, tmp_path / "whole.pth", zipped).read_bytes()
+    for part in (0, 1, 100, len(whole) // 2, len(whole) - 100, len(whole) - 1):
+        (tmp_path / "part.pth").write_bytes(whole[:part])
+        with pytest.raises(ValueError, match=r"part.pth' .*(damaged|cut short)"):
+            convert.from_torch(tmp_path / "part.pth", "resnet8", 10)
+
+
+def test_refuses_safetensors_cut_short_and_other_files(tmp_path):
+    safetensors.torch.save_file(state_dict(), tmp_path / "x.safetensors")
+    whole = (tmp_path / "x.safetensors").read_bytes()
+    (tmp_path / "x.safetensors").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.pth").write_text("no checkpoint at all")
+    for name in ("x.safetensors", "text.pth"):
+        with pytest.raises(ValueError, match=f"{name}' is damaged"):
+            convert.from_torch(tmp_path / name, "resnet8", 10)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*none\.safetensors"):
+        convert.from_torch(tmp_path / "none.safetensors", "resnet8", 10)
+
+
+def test_another_network_is_named():
+    with pytest.raises(
+        ValueError, match=r"does not fit resnet8x4 .*of another shape.*It holds resnet8 with 10 classes"
+    ):
+        convert.from_torch(state_dict(), "resnet8x4", 10)
+    with pytest.raises(ValueError, match=r"does not fit vgg8 .*missing: .*left over: .*It holds resnet8 with 10"):
+        convert.from_torch(state_dict(), "vgg8", 10)
+
+
+def test_another_class_count_is_named():
+    complaint = (
+        r"2 of another shape: fc.bias \(10,\) in place of \(100,\), fc.weight .* resnet8 with 10 classes: say so"
+    )
+    with pytest.raises(ValueError, match=complaint):
+        convert.from_torch(state_dict(), "resnet8", 100)
+
+
+def test_missing_and_left_over_keys_are_named():
+    state = state_dict()
+    state["fc.scale"] = state.pop("layer1.0.bn1.bias")
+    with pytest.raises(
+        ValueError, match=r"1 missing: layer1.0.bn1.bias; 1 left over: fc.scale \(16,\). Get the checkpoint"
+    ):
+        convert.from_torch(state, "resnet8", 10)
+
+
+def test_two_networks_in_one_file_ask_which():
+    student, teacher = state_dict(seed=1), state_dict(seed=2)
+    both = prefixed(student, "module.student.") | prefixed(teacher, "module.teacher.")
+    with pytest.raises(ValueError, match=r"holds resnet8 2 times; choose with prefix= .*'module.teacher.'"):
+        convert.from_torch(both, "resnet8", 10)
+    assert_holds(convert.from_torch(both, "resnet8", 10, prefix="module.teacher."), teacher)
+
+
+def test_to_torch_checks_the_variables():
+    variables = convert.from_torch(state_dict(), "resnet8", 10)
+    with pytest.raises(ValueError, match="the variables do not fit resnet8 with 100 classes"):
+        convert.to_torch(variables, "resnet8", 100)
+    del variables["params"]["fc"]
+    with pytest.raises(ValueError, match=r"2 missing: fc\.bias, fc\.weight"):
+        convert.to_torch(variables, "resnet8", 10)
+
+
+def command(capsys, *args):
+    convert.main([str(arg) for arg in args])
+    return capsys.readouterr().out
+
+
+def test_command_there_and_back(tmp_path, capsys):
+    state = state_dict("resnet8", 100)
+    path = save({"model": state}, tmp_path / "resnet8.pth")
+    out = command(capsys, "--model", "RESNET8", "--checkpoint", path, "--output", tmp_path / "folder")
+    assert "resnet8, 100 classes, 83,892 parameters" in out
+    variables, metadata = checkpoint.load_network(tmp_path / "folder", "resnet8", 100)
+    assert metadata["mean"] == [0.5071, 0.4867, 0.4408]
+    assert metadata["source"] == "resnet8.pth"
+    assert len(metadata["sha256"]) == 64
+    assert_holds(variables, state, num_classes=100)
+    out = command(capsys, "--checkpoint", tmp_path / "folder", "--output", tmp_path / "back" / "x.pth")
+    assert "weights_only=True" in out
+    back = torch.load(tmp_path / "back" / "x.pth", weights_only=True)["model"]
+    torch_networks.create("resnet8", 100).load_state_dict(back, strict=True)
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_command_takes_the_normalisation(tmp_path, capsys):
+    path = save(state_dict("resnet8", 7), tmp_path / "x.pth")
+    flags = ["--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "folder"]
+    command(capsys, *flags, "--mean", 0.5, 0.4, 0.3, "--std", 0.1, 0.2, 0.3)
+    metadata = checkpoint.read_metadata(tmp_path / "folder")
+    assert (metadata["mean"], metadata["std"], metadata["num_classes"]) == ([0.5, 0.4, 0.3], [0.1, 0.2, 0.3], 7)
+    command(capsys, *flags, "--dataset", "tiny_imagenet")
+    assert checkpoint.read_metadata(tmp_path / "folder")["mean"] == [0.4802, 0.4481, 0.3975]
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--model", "resnet9"], "--model='resnet9' is no network; did you mean 'resnet8'"),
+        (["--model", "resnet8"], "of no known data set; say how its training images were normalised"),
+        (["--model", "resnet8", "--mean", "0.5"], "--mean and --std go together, 3 numbers each"),
+        ([], "--model is missing; x.pth holds resnet8 with 7 classes"),
+        (["--model", "resnet8", "--num_classes", "100"], "It holds resnet8 with 7 classes"),
+    ],
+)
+def test_command_says_what_is_wrong(tmp_path, capsys, flags, complaint):
+    path = save(state_dict("resnet8", 7), tmp_path / "x.pth")
+    with pytest.raises(SystemExit) as stop:
+        command(capsys, *flags, "--checkpoint", path, "--output", tmp_path / "folder")
+    assert stop.value.code == 1
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "folder").exists()
+
+
+def test_command_checks_the_checksum_in_a_files_name(tmp_path, capsys):
+    path = save(state_dict("resnet8", 100), tmp_path / "cifar100_resnet8-00000000.pt")
+    with pytest.raises(SystemExit):
+        command(capsys, "--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "folder")
+    assert "its name says 00000000; get it again" in capsys.readouterr().err
+
+
+def test_command_takes_the_64x64_form_there_and_back(tmp_path, capsys):
+    state = state_dict("MobileNetV2_64x64", 200)
+    path = save(state, tmp_path / "x.pth")
+    flags = ["--model", "MobileNetV2", "--image_size", 64, "--checkpoint", path, "--output", tmp_path / "folder"]
+    assert "MobileNetV2_64x64, 200 classes, 2,497,480 parameters" in command(capsys, *flags)
+    metadata = checkpoint.read_metadata(tmp_path / "folder")
+    assert (metadata["image_size"], metadata["mean"]) == (64, [0.4802, 0.4481, 0.3975])
+    command(capsys, "--checkpoint", tmp_path / "folder", "--output", tmp_path / "x.safetensors")
+    back = safetensors.torch.load_file(tmp_path / "x.safetensors")
+    assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_real_resnet56(real, tmp_path, capsys):
+    """Its file converts with its own normalisation, gives PyTorch's logits, and converts back to the bit."""
+    path = real / "cifar100_resnet56-f2eff4c8.pt"
+    command(capsys, "--model", "resnet56", "--checkpoint", path, "--output", tmp_path / "resnet56")
+    variables, metadata = checkpoint.load_network(tmp_path / "resnet56", "resnet56", 100)
+    assert metadata["mean"] == [0.5070, 0.4865, 0.4409]
+    assert metadata["std"] == [0.2673, 0.2564, 0.2761]
+    assert metadata["sha256"].startswith("f2eff4c8")
+    network = torch_networks.create("resnet56", 100).eval()
+    network.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    assert_holds(variables, network.state_dict(), "resnet56", 100)
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    logits = jax.jit(models.create("resnet56", 100).apply)(variables, images).logits
+    with torch.no_grad():
+        reference = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))[0].numpy()
+    np.testing.assert_allclose(logits, reference, rtol=0, atol=1e-5 * np.abs(reference).max())

@@ -1,0 +1,368 @@
+"""Every network against a PyTorch one of the same weights, and against PROTOCOL's figures."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import traverse_util
+
+from rkd_jax import convert, models
+from rkd_jax.models import __main__ as table
+from rkd_jax.models import layers
+
+try:
+    import torch
+    import torch_networks
+except ImportError:  # then torch_network skips the tests that compare with it
+    torch = None
+
+RESNET = (64, "16@32 16@32 32@16 64@8")
+VGG = (512, "64@32 128@16 256@8 512@4 512@4")
+PUBLISHED = {  # parameters at 100 classes, MMACs at 32x32, embedding, features
+    "resnet8": (83_892, 12.5, *RESNET),
+    "resnet14": (181_108, 26.7, *RESNET),
+    "resnet20": (278_324, 40.8, *RESNET),
+    "resnet32": (472_756, 69.1, *RESNET),
+    "resnet44": (667_188, 97.4, *RESNET),
+    "resnet56": (861_620, 125.8, *RESNET),
+    "resnet110": (1_736_564, 253.2, *RESNET),
+    "resnet8x4": (1_233_540, 177.1, 256, "32@32 64@32 128@16 256@8"),
+    "resnet32x4": (7_433_860, 1083.0, 256, "32@32 64@32 128@16 256@8"),
+    "wrn_16_1": (180_916, 26.7, *RESNET),
+    "wrn_16_2": (703_284, 101.1, 128, "16@32 32@32 64@16 128@8"),
+    "wrn_40_1": (569_780, 83.3, *RESNET),
+    "wrn_40_2": (2_255_156, 327.6, 128, "16@32 32@32 64@16 128@8"),
+    "vgg8": (3_965_028, 96.2, *VGG),
+    "vgg11": (9_277_284, 209.4, *VGG),
+    "vgg13": (9_462_180, 284.9, *VGG),
+    "vgg16": (14_774_436, 398.2, *VGG),
+    "vgg19": (20_086_692, 511.4, *VGG),
+    "ResNet18": (11_220_132, 555.5, 512, "64@32 64@32 128@16 256@8 512@4"),
+    "ResNet50": (23_705_252, 1298.0, 2048, "64@32 256@32 512@16 1024@8 2048@4"),
+    "MobileNetV2": (812_836, 6.5, 1280, "16@16 12@16 16@8 48@4 160@2"),
+    "ShuffleV1": (949_258, 38.7, 960, "24@32 240@16 480@8 960@4"),
+    "ShuffleV2": (1_355_528, 44.5, 1024, "24@32 116@16 232@8 464@4"),
+}
+# Every kind of block of every family; the other networks repeat them, under the same keys (tests/test_convert.py).
+INFERENCE = ("resnet8x4", "ResNet50", "wrn_16_2", "vgg13", "MobileNetV2", "MobileNetV2_64x64", "ShuffleV1", "ShuffleV2")
+TRAINING = ("resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "MobileNetV2_64x64", "ShuffleV1", "ShuffleV2")
+FAST_COMPILE = {"xla_backend_optimization_level": 0}  # the programs below run once
+
+
+def images_for(name, count, side=None, channels=3):
+    side = side or (64 if name.endswith("64x64") else 32)
+    return np.random.default_rng(0).normal(size=(count, side, side, channels)).astype(np.float32)
+
+
+def torch_network(name):
+    """A PyTorch network of 10 classes, with batch statistics, scales and biases that show when they are mixed up."""
+    pytest.importorskip("torch")
+    torch.manual_seed(0)
+    network = torch_networks.create(name, 10)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.weight, 1, 0.2)
+            torch.nn.init.normal_(module.bias, 0, 0.2)
+            torch.nn.init.normal_(module.running_mean, 0, 0.2)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network
+
+
+def in_torch(images):
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def assert_outputs_close(outputs, theirs, tolerance):
+    """Every output within a tolerance of its largest value."""
+    logits, features, embedding, preactivations = theirs
+    pairs = {"logits": (outputs.logits, logits), "embedding": (outputs.embedding, embedding)}
+    for kind, reference in (("features", features), ("preactivations", preactivations)):
+        for stage, (our, their) in enumerate(zip(getattr(outputs, kind), reference, strict=True)):
+            pairs[f"{kind}[{stage}]"] = our, their.permute(0, 2, 3, 1)
+    for what, (our, their) in pairs.items():
+        their = their.detach().numpy()
+        np.testing.assert_allclose(our, their, rtol=0, atol=tolerance * np.abs(their).max(), err_msg=what)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_figures_are_the_published(name):
+    parameters, mmacs, embedding, features = PUBLISHED[name]
+    row = table.describe(name.upper())
+    assert (row.name, row.parameters, row.embedding) == (name, parameters, embedding)
+    assert " ".join(row.features) == features
+    assert round(row.mmacs, 1) == mmacs
+    # XLA does not count the products with padding (a quarter of vgg's, on 4x4 maps), but activations.
+    assert 0.75 * mmacs < row.xla < 1.06 * mmacs
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "parameters"),
+    [
+        ("ResNet18", "ResNet18", 11_271_432),
+        ("MobileNetV2", "MobileNetV2_64x64", 2_497_480),
+        ("ShuffleV2", "ShuffleV2", 1_458_028),
+    ],
+)
+def test_figures_at_64_are_the_published(name, found, parameters):
+    row = table.describe(name, num_classes=200, image_size=64)
+    assert (row.name, row.parameters) == (found, parameters)
+
+
+@pytest.mark.parametrize(("name", "side"), [*((name, None) for name in INFERENCE), ("vgg8", 64)])
+def test_inference_equals_pytorch(name, side):
+    network, images = torch_network(name).eval(), images_for(name, 2, side)
+    variables = convert.from_torch(network.state_dict(), name, 10)
+    model = models.create(name, 10)
+    outputs = jax.jit(lambda v, x: model.apply(v, x, train=False), compiler_options=FAST_COMPILE)(variables, images)
+    with torch.no_grad():
+        assert_outputs_close(outputs, network(in_torch(images)), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_equals_pytorch(name):
+    """Outputs, loss, every gradient and every running average; in float64, where rounding flips no ReLU."""
+    network = torch_network(name).double().train()
+    variables = convert.from_torch(network.state_dict(), name, 10)
+    images, labels = images_for(name, 4, side=16).astype(np.float64), np.arange(4)
+    theirs = network(in_torch(images))
+    their_loss = torch.nn.functional.cross_entropy(theirs[0], torch.from_numpy(labels))
+    their_loss.backward()
+    with jax.enable_x64(True):
+        params, stats = (jax.tree.map(np.float64, variables[kind]) for kind in ("params", "batch_stats"))
+        model = models.create(name, 10, dtype=jnp.float64)
+
+        def loss(params):
+            outputs, updates = model.apply(
+                {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(outputs.logits, labels)
+            return losses.mean(), (outputs, updates)
+
+        (our_loss, (outputs, updates)), grads = jax.jit(
+            jax.value_and_grad(loss, has_aux=True), compiler_options=FAST_COMPILE
+        )(params)
+        ours = convert.to_torch({"params": grads, "batch_stats": updates["batch_stats"]}, name, 10)
+    assert_outputs_close(outputs, theirs, tolerance=1e-6)
+    np.testing.assert_allclose(our_loss, their_loss.item(), rtol=1e-6)
+    largest = max(parameter.grad.abs().max().item() for parameter in network.parameters())
+    for key, parameter in network.named_parameters():
+        gradient = parameter.grad.numpy()
+        # The gradient of a bias before a batch normalisation is rounding alone: hence the second tolerance.
+        atol = max(1e-6 * np.abs(gradient).max(), 1e-10 * largest)
+        np.testing.assert_allclose(ours[key], gradient, rtol=0, atol=atol, err_msg=key)
+    for key, average in network.named_buffers():
+        if "running" in key:
+            np.testing.assert_allclose(ours[key], average.numpy(), rtol=1e-6, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_takes_small_grey_images(name):
+    model = models.create(name, 10)
+    images = jax.ShapeDtypeStruct((2, 8, 8, 1), jnp.float32)
+    outputs = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, train=False)[0], images)
+    assert outputs.logits.shape == (2, 10)
+    assert all(feature.shape[0] == 2 and feature.size > 0 for feature in outputs.features)
+    assert [feature.shape for feature in outputs.features] == [x.shape for x in outputs.preactivations]
+
+
+def he(shape):
+    return (2 / (np.prod(shape[:-2]) * shape[-1])) ** 0.5
+
+
+def torch_default(shape):
+    return (1 / (3 * np.prod(shape[:-1]))) ** 0.5  # the standard deviation of U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+
+
+def hundredth(shape):
+    return 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions", "linear"),
+    [
+        ("resnet8", he, torch_default),
+        ("wrn_16_1", he, torch_default),
+        ("vgg8", he, hundredth),
+        ("MobileNetV2", he, hundredth),
+        ("MobileNetV2_64x64", torch_default, torch_default),
+        ("ShuffleV2", torch_default, torch_default),
+    ],
+)
+def test_initialisation(name, convolutions, linear):
+    """Every kernel's spread, and what the other parameters start at."""
+    model, images = models.create(name, 100), images_for(name, 1)
+    init = jax.jit(lambda key: model.init(key, images, train=False), compiler_options=FAST_COMPILE)
+    variables = init(jax.random.key(0, impl="unsafe_rbg"))  # compiles twice as fast
+    flat = traverse_util.flatten_dict(jax.device_get(variables))
+    for (*module, leaf), values in flat.items():
+        where = (*module, leaf)
+        kind = linear if values.shape[-1] == 100 else convolutions
+        kernel = flat.get((*module, "kernel"))
+        if leaf == "kernel":
+            error = 5 * (1 / (2 * values.size)) ** 0.5  # five standard errors of a standard deviation
+            assert values.std() == pytest.approx(kind(values.shape), rel=error), where
+        if kernel is not None and kind is torch_default:
+            bound = np.prod(kernel.shape[:-1]) ** -0.5
+            assert 0.5 * bound < np.abs(values).max() <= bound, where
+        elif leaf in ("scale", "var"):
+            assert (values == 1).all(), where
+        elif leaf != "kernel":
+            assert not values.any(), where
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
+    images = images_for("resnet8", 2, side=16)
+    full, half = models.create("resnet8", 10), models.create("resnet8", 10, dtype=jnp.bfloat16)
+    variables = convert.from_torch(torch_network("resnet8").state_dict(), "resnet8", 10)
+    initial = jax.eval_shape(half.init, jax.random.key(0), images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(initial)} == {jnp.dtype(jnp.float32)}
+    exact, rounded = full.apply(variables, images), half.apply(variables, images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded)} == {jnp.dtype(jnp.float32)}
+    difference = np.abs(exact.logits - rounded.logits).max() / np.abs(exact.logits).max()
+    assert 1e-5 < difference < 0.05
+    program = str(jax.make_jaxpr(half.apply)(variables, images))
+    convolutions = re.findall(r"(\w+)\[[\d,]+\] = conv_general_dilated", program)
+    assert len(convolutions) == 9
+    assert set(convolutions) == {"bf16"}
+
+
+def test_running_variance_is_unbiased_as_pytorch_has_it():
+    """Flax's own batch normalisation averages the biased one."""
+    x = np.random.default_rng(0).normal(3, 2, size=(2, 2, 2, 5)).astype(np.float32)
+    norm = layers.BatchNorm()
+    variables = norm.init(jax.random.key(0), x, train=False)
+    _, updates = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    expected = 0.9 + 0.1 * x.reshape(-1, 5).var(axis=0, ddof=1)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], expected, rtol=1e-6)
+
+
+def test_batch_statistics_survive_a_large_mean():
+    """One pass over the data, but shifted by the running mean: 1e4 times the deviation costs no digits."""
+    x = (1e4 + np.random.default_rng(0).normal(size=(8, 8, 8, 3))).astype(np.float32)
+    norm = layers.BatchNorm()
+    variables = norm.init(jax.random.key(0), x, train=False)
+    variables["batch_stats"]["mean"] = np.full(3, 1e4, np.float32)
+    y, _ = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    exact = x.astype(np.float64)
+    exact = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + layers.EPSILON)
+    np.testing.assert_allclose(y, exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2_64x64"])
+def test_folded_network_is_the_same_function(name):
+    variables, images = convert.from_torch(torch_network(name).state_dict(), name, 10), images_for(name, 2, side=16)
+    model = models.create(name, 10)
+    folded = models.fold(model, variables, images)
+    assert not folded["batch_stats"]
+    assert jax.tree.structure(variables["params"]) != jax.tree.structure(folded["params"])
+    apply = jax.jit(lambda v, x: model.apply(v, x, train=False), compiler_options=FAST_COMPILE)
+    for ours, reference in zip(
+        jax.tree.leaves(apply(folded, images)), jax.tree.leaves(apply(variables, images)), strict=True
+    ):
+        np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
+    cost = [apply.lower(v, images).cost_analysis()["flops"] for v in (folded, variables)]
+    assert cost[0] < cost[1]
+
+
+def test_folding_leaves_a_residual_that_reads_the_convolution_alone():
+    """wrn_16_1's stem feeds a batch normalisation and the sum: its kernel must stay."""
+    variables = convert.from_torch(torch_network("wrn_16_1").state_dict(), "wrn_16_1", 10)
+    folded = models.fold(models.create("wrn_16_1", 10), variables, images_for("wrn_16_1", 1))
+    np.testing.assert_array_equal(folded["params"]["conv1"]["kernel"], variables["params"]["conv1"]["kernel"])
+
+
+def test_names_are_case_insensitive_and_sized():
+    assert models.resolve("SHUFFLEV2") == models.resolve("shufflev2", image_size=64) == "ShuffleV2"
+    assert models.resolve("mobilenetv2", image_size=64) == "MobileNetV2_64x64"
+    assert models.resolve("mobilenetv2", image_size=32) == "MobileNetV2"
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("resnet8x5", "resnet8x4"), ("wrn-40-2", "wrn_40_2"), ("vgg9", "vgg19")])
+def test_unknown_network_suggests_the_nearest(name, nearest):
+    with pytest.raises(ValueError, match=f"config.student='{name}' is no network; did you mean '{nearest}'"):
+        models.create(name, 10)
+
+
+def test_vgg_names_the_size_that_it_takes():
+    with pytest.raises(ValueError, match="4 pixels are too few, it takes 8"):
+        models.create("vgg8", 10).init(jax.random.key(0), jnp.zeros((1, 4, 4, 3)))
+
+
+OWN = """
+import flax.linen as nn
+from rkd_jax.models import Outputs
+
+class Net(nn.Module):
+    num_classes: int
+    full: bool = False
+    classes_too_many: int = 0
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        features = nn.relu(nn.Conv(4, (3, 3), name="stem")(images))
+        embedding = features.mean((1, 2))
+        logits = nn.Dense(self.num_classes + self.classes_too_many, name="head")(embedding)
+        return Outputs(logits, (features,), embedding) if self.full else logits
+
+class NoTrain(nn.Module):
+    @nn.compact
+    def __call__(self, images):
+        return images
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, images, train=False):
+        return images, {}
+
+def logits(num_classes): return Net(num_classes)
+def outputs(num_classes, dtype): return Net(num_classes, full=True)
+def no_train(num_classes): return NoTrain()
+def wrong_classes(num_classes): return Net(num_classes, classes_too_many=1)
+def pair(num_classes): return Pair()
+def no_module(num_classes): return 3
+def no_classes(): return Net(3)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_networks.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.parametrize(("factory", "features"), [("logits", 0), ("outputs", 1)])
+def test_own_network(own, factory, features):
+    model = models.create(f"own_networks:{factory}", 7)
+    variables = model.init(jax.random.key(0), jnp.ones((2, 8, 8, 1)), train=False)
+    assert variables["params"].keys() == {"stem", "head"}  # as the network alone has them
+    outputs = model.apply(variables, jnp.ones((2, 8, 8, 1)), train=False)
+    assert outputs.logits.shape == (2, 7)
+    assert len(outputs.features) == features
+    assert outputs.embedding.shape == ((2, 4) if features else (2, 7))
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("no_such_module:factory", "config.teacher='no_such_module:factory' cannot be imported"),
+        ("own_networks:no_such", "cannot be imported: module 'own_networks' has no attribute 'no_such'"),
+        ("own_networks:no_train", r"its __call__ lacks `train`; define __call__\(self, images, train=False\)"),
+        ("own_networks:no_module", "returned a int; return a flax.linen.Module"),
+        ("own_networks:no_classes", r"it is called as factory\(num_classes=7\)"),
+        ("own_networks:wrong_classes", r"logits of shape \(2, 7\)"),
+        ("own_networks:pair", r"returned a tuple for 2 images of 7 classes; return rkd_jax.models.Outputs"),
+    ],
+)
+def test_own_network_that_cannot_be_used(own, name, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        models.create(name, 7, field="config.teacher").init(jax.random.key(0), jnp.ones((2, 8, 8, 1)), train=False)
+
+
+def test_command_prints_the_table(capsys):
+    table.main(["resnet8", "MobileNetV2", "--image_size", "64", "--num_classes", "200"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["network", "resnet8", "MobileNetV2_64x64"]
+    assert lines[2].split()[1] == "2,497,480"
