@@ -1,0 +1,30 @@
+"""Prepares a data set ahead of the first run: `python -m rkd_jax.data tiny_imagenet --data_dir DIR --archive X.zip`."""
+
+import argparse
+
+from rkd_jax import data
+from rkd_jax.data import _prepared
+
+
+def main() -> None:
+    """Downloads or takes the archive, prepares, decodes into the cache, and says what is there."""
+    parser = argparse.ArgumentParser(prog="python -m rkd_jax.data", description=main.__doc__)
+    parser.add_argument("name", help=f"{', '.join(data.names())}, or tfds:NAME")
+    parser.add_argument(
+        "--data_dir", default="", help="TFDS's folder; default: $TFDS_DATA_DIR or ~/tensorflow_datasets"
+    )
+    parser.add_argument("--archive", default="", help="tiny_imagenet: an archive at hand, instead of a download")
+    arguments = parser.parse_args()
+    try:
+        if arguments.archive:
+            _prepared.prepare(arguments.name, _prepared.folder(arguments.data_dir), archive=arguments.archive)
+        splits = data.load(arguments.name, arguments.data_dir)
+    except (ValueError, OSError, ImportError) as error:
+        parser.exit(1, f"{error}\n")
+    for name, split in (("train", splits.train), ("test", splits.test)):
+        shape = "x".join(map(str, split.images.shape[1:]))
+        print(f"{arguments.name} {name}: {len(split.labels)} images of {shape}, {splits.num_classes} classes")
+
+
+if __name__ == "__main__":
+    main()

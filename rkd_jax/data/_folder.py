@@ -1,0 +1,82 @@
+"""A user's own images: one sub-folder a class.
+
+PATH/train/CLASS/... and PATH/test/CLASS/... (or PATH/val/), or PATH/CLASS/... alone, from which every tenth image of
+each class, in the order of the file names, is held out for testing. Classes are numbered in the order of their names.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from rkd_jax.data import _prepared
+from rkd_jax.data.base import Split, Splits, moments
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def load(path: str, image_size: int | None = None) -> Splits:
+    """The images as RGB, or grey where all of them are; of unequal size, they are resized to 64 (or `image_size`)."""
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"config.dataset='folder:{path}' is no folder; it should hold one sub-folder a class")
+    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    parts = [root / "train", held_out] if held_out and (root / "train").is_dir() else [root]
+    classes = sorted(
+        folder.name for folder in parts[0].iterdir() if folder.is_dir() and not folder.name.startswith(".")
+    )
+    files = [_files(part, classes) for part in parts]
+    shape = _shape([file for part in files for file, _ in part], image_size)
+    splits = [
+        Split(np.stack([_read(file, shape) for file, _ in part]), np.array([label for _, label in part], np.int32))
+        for part in files
+    ]
+    train, test = splits if held_out and len(splits) == 2 else _prepared.hold_out(splits[0])
+    return Splits(train, test, len(classes), *moments(train.images))
+
+
+def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+    """The image files of a folder and their classes, in the order of class and name."""
+    unknown = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in classes)
+    unknown = [name for name in unknown if not name.startswith(".")]
+    if unknown:
+        raise ValueError(f"{folder} has the classes {', '.join(unknown)}, which are not among those of training")
+    found = [
+        (file, label)
+        for label, name in enumerate(classes)
+        for file in sorted((folder / name).rglob("*"))
+        if file.suffix.lower() in SUFFIXES
+    ]
+    if len(classes) < 2 or not found:
+        raise ValueError(
+            f"config.dataset='folder:...': {folder} holds {len(found)} images in {len(classes)} sub-folders; "
+            f"it takes two classes or more, one sub-folder each, of {', '.join(SUFFIXES)}"
+        )
+    return found
+
+
+def _shape(files: list[Path], image_size: int | None) -> tuple[int, int, int]:
+    """Height, width and channels that all images get, from their headers."""
+    sizes, modes = set(), set()
+    for file in files:
+        with _open(file) as image:
+            sizes.add(image.size)
+            modes.add(image.mode)
+    width, height = sizes.pop() if len(sizes) == 1 else (_prepared.SIZE, _prepared.SIZE)
+    return image_size or height, image_size or width, 1 if modes <= {"1", "L"} else 3
+
+
+def _read(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
+    with _open(file) as image:
+        try:
+            pixels = np.asarray(image.convert("L" if shape[-1] == 1 else "RGB"))
+        except OSError as error:
+            raise ValueError(f"{file} is damaged: {error}") from error
+    return _prepared.resize(pixels.reshape(*pixels.shape[:2], shape[-1]), shape)
+
+
+def _open(file: Path) -> Image.Image:
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{file} is no image that PIL reads; remove it or replace it") from error

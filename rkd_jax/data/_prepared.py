@@ -1,0 +1,338 @@
+"""Any image classification set of TFDS: prepared once, read without TensorFlow, kept decoded as uint8 arrays.
+
+A prepared set lies in DATA_DIR/NAME/VERSION/ (with a config: NAME/CONFIG/VERSION/). Its decoded cache lies beside it in
+VERSION.uint8/, or in $XDG_CACHE_HOME/rkd_jax/ (default ~/.cache/rkd_jax/) where that folder cannot be written. A cache
+is five files, memory-mapped at every later start; a folder that holds nothing else is enough to train from.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import shutil
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from absl import logging
+from PIL import Image
+
+from rkd_jax.data.base import Split, Splits, moments
+
+SIZE = 64  # pixels: the side to which images of unequal size are resized
+_FORMAT = 1  # of the cache; another number is decoded anew
+
+
+def load(name: str, data_dir: str = "", image_size: int | None = None) -> Splits:
+    """A set of TFDS ("mnist", "name/config", "name:version") or of ours ("tiny_imagenet"), from the nearest of: its
+    decoded cache, its prepared files, a download.
+
+    The test split is "test", else "validation" (TFDS's sets whose test labels are public, and the rest), else every
+    tenth image of "train". Mean and std are those of the training split. FileNotFoundError if there is nothing to
+    load, ModuleNotFoundError if decoding or preparing lacks a package, ValueError if the set is none of images with
+    one class each.
+    """
+    name, _, version = name.partition(":")
+    root = folder(data_dir)
+    suffix = f"-{image_size}.uint8" if image_size else ".uint8"
+    source = _newest(root / name, version)
+    for cache in _caches(root, name, source, version, suffix):
+        splits = _read(cache, name, source)
+        if splits is not None:
+            return splits
+    if source is None:
+        source = prepare(name, root, version)
+    arrays = _decode(name, source, image_size)
+    for cache in _caches(root, name, source, version, suffix):
+        try:
+            _write(cache, name, source, arrays)
+        except OSError as error:
+            logging.info("No cache of %s written to %s: %s", name, cache, error)
+        splits = _read(cache, name, source)  # ours, or that of a process that was faster
+        if splits is not None:
+            return splits
+    logging.warning("Neither %s nor the user's cache folder can be written: %s is decoded at every start", root, name)
+    return arrays
+
+
+# Where things lie.
+
+
+def folder(data_dir: str) -> Path:
+    """TFDS's folder: `data_dir`, or its default."""
+    return Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser().absolute()
+
+
+def _newest(parent: Path, version: str) -> Path | None:
+    """The newest (or the named) version of a prepared set in `parent`."""
+    found = [path.parent for path in parent.glob(f"{version or '*'}/dataset_info.json")]
+    return max(found, key=lambda path: [int(part) for part in path.name.split(".") if part.isdigit()], default=None)
+
+
+def _caches(root: Path, name: str, source: Path | None, version: str, suffix: str) -> list[Path]:
+    """The folders where the decoded cache may lie, the preferred first."""
+    if source is None:  # only a cache, or nothing: DATA_DIR/NAME/VERSION.uint8, or DATA_DIR is the cache itself
+        return [*sorted((root / name).glob(f"{version or '*'}{suffix}"), reverse=True), root]
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rkd_jax"
+    key = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:16]  # two sets of one name never meet
+    return [
+        source.with_name(source.name + suffix),
+        user / f"{name.replace('/', '-')}-{source.name}-{key}{suffix}",
+    ]
+
+
+# The cache: four .npy files and meta.json, in a folder that appears all at once.
+
+
+def _fingerprint(source: Path) -> str:
+    """Changes when a set is prepared anew, under the same version too."""
+    return hashlib.sha256((source / "dataset_info.json").read_bytes()).hexdigest()
+
+
+def _read(cache: Path, name: str, source: Path | None) -> Splits | None:
+    """The decoded set, memory-mapped; None if it is not there, is of another preparation, or is damaged."""
+    try:
+        meta = json.loads((cache / "meta.json").read_text())
+        if meta["format"] != _FORMAT or meta["name"] != name:
+            return None
+        if source is not None and meta["fingerprint"] != _fingerprint(source):
+            return None
+        splits = [
+            Split(np.load(cache / f"{split}_images.npy", mmap_mode="r"), np.load(cache / f"{split}_labels.npy"))
+            for split in ("train", "test")
+        ]
+        return Splits(*splits, meta["num_classes"], tuple(meta["mean"]), tuple(meta["std"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logging.warning("The cache %s is damaged (%s) and is not used", cache, error)
+        return None
+
+
+def _write(cache: Path, name: str, source: Path, splits: Splits) -> None:
+    """Writes the cache under another name and moves it into place, so that no reader ever sees half of it."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    if not cache.parent.stat().st_mode & 0o222:  # what its owner made read-only stays so, for root too
+        raise PermissionError(f"{cache.parent} is read-only")
+    partial = Path(tempfile.mkdtemp(prefix=f".{cache.name}.", dir=cache.parent))
+    try:
+        for split, (images, labels) in (("train", splits.train), ("test", splits.test)):
+            np.save(partial / f"{split}_images.npy", images)
+            np.save(partial / f"{split}_labels.npy", labels)
+        meta = {
+            "format": _FORMAT,
+            "name": name,
+            "version": source.name,
+            "fingerprint": _fingerprint(source),
+            "num_classes": splits.num_classes,
+            "mean": splits.mean,
+            "std": splits.std,
+        }
+        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+        partial.chmod(0o755)
+        if cache.exists():  # stale or damaged; another process may have been faster, which does no harm
+            shutil.rmtree(cache, ignore_errors=True)
+        partial.rename(cache)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# Reading with TFDS.
+
+
+class _Blocked(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """An import hook that finds TensorFlow, for those who only ask whether it is there, and refuses to load it."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname == "tensorflow" else None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        raise ModuleNotFoundError("TensorFlow is not needed to read a prepared set", name=spec.name)
+
+    def exec_module(self, module: ModuleType) -> None: ...
+
+
+@contextlib.contextmanager
+def _tensorflow_free(why: str) -> Iterator[ModuleType]:
+    """TFDS, with TensorFlow kept out: reading array records needs none, and importing it takes seconds and memory.
+
+    TFDS asks whether "tensorflow" is in sys.modules; the entry None with which a user blocks it would mislead it.
+    """
+    none = "tensorflow" in sys.modules and sys.modules["tensorflow"] is None
+    if none:
+        del sys.modules["tensorflow"]
+    hook = _Blocked()
+    sys.meta_path.insert(0, hook)
+    try:
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError as error:
+            raise ModuleNotFoundError(_lacking(why, error), name=error.name) from error
+        yield tfds
+    finally:
+        sys.meta_path.remove(hook)
+        if none:
+            sys.modules["tensorflow"] = None  # type: ignore[assignment]
+
+
+def _decode(name: str, source: Path, image_size: int | None) -> Splits:
+    """The prepared files in `source` as arrays."""
+    with _tensorflow_free(f"decoding {source}") as tfds:
+        builder = tfds.builder_from_directory(source)
+        if builder.info.file_format.value != "array_record":
+            raise ValueError(
+                f"{source} is prepared as {builder.info.file_format.value}, which only TensorFlow reads; set "
+                f"config.data_dir to another folder and prepare it there: python -m rkd_jax.data {name} --data_dir ..."
+            )
+        image, label, num_classes, shape = _features(name, builder.info.features, image_size)
+        if "train" not in builder.info.splits:
+            raise ValueError(
+                f"config.dataset='tfds:{name}' has no split 'train', only {', '.join(builder.info.splits)}"
+            )
+
+        def read(split: str) -> Split:
+            examples = builder.as_data_source(split=split)
+            logging.info("Decoding %d images of %s, %s", len(examples), name, split)
+            images, labels = np.empty((len(examples), *shape), np.uint8), np.empty(len(examples), np.int32)
+            for i, example in enumerate(examples):
+                images[i], labels[i] = resize(example[image], shape), example[label]
+            return Split(images, labels)
+
+        train = read("train")
+        for split in ("test", "validation"):
+            if split in builder.info.splits:
+                test = read(split)
+                if (test.labels >= 0).all():  # a test split whose labels are secret says -1
+                    return Splits(train, test, num_classes, *moments(train.images))
+    train, test = hold_out(train)
+    return Splits(train, test, num_classes, *moments(train.images))
+
+
+def _features(name: str, features: Any, image_size: int | None) -> tuple[str, str, int, tuple[int, int, int]]:
+    """The names of the image and the label, the number of classes, and the shape that all images get."""
+    kinds = {key: type(feature).__name__ for key, feature in features.items()}
+    images = [key for key, kind in kinds.items() if kind == "Image"]
+    labels = [key for key, kind in kinds.items() if kind == "ClassLabel"]
+    image = "image" if "image" in images else images[0] if len(images) == 1 else None
+    label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
+    if image is None or label is None:
+        raise ValueError(
+            f"config.dataset='tfds:{name}' is not one image and one class an example: its features are {kinds}"
+        )
+    height, width, channels = features[image].shape
+    if features[image].np_dtype != np.uint8 or channels not in (1, 3):
+        raise ValueError(
+            f"config.dataset='tfds:{name}' holds {features[image]}; only uint8 grey or RGB images are read"
+        )
+    if image_size or height is None or width is None:
+        height = width = image_size or SIZE
+    return image, label, features[label].num_classes, (height, width, channels)
+
+
+def resize(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """An image [H, W, C] in another shape, by PIL's bilinear filter with antialiasing; as it is where they agree."""
+    if image.shape == shape:
+        return image
+    pixels = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    return np.asarray(pixels.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)).reshape(shape)
+
+
+def hold_out(split: Split) -> tuple[Split, Split]:
+    """Training and test images of a set that has no test split: every tenth image of each class is a test image."""
+    held_out = np.zeros(len(split.labels), bool)
+    for label in np.unique(split.labels):
+        held_out[np.flatnonzero(split.labels == label)[9::10]] = True
+    if not held_out.any():
+        raise ValueError("no class has ten images, so that none can be held out for testing; add a test split")
+    return Split(split.images[~held_out], split.labels[~held_out]), Split(
+        split.images[held_out], split.labels[held_out]
+    )
+
+
+# Preparing.
+
+
+def prepare(name: str, root: Path, version: str = "", archive: str = "") -> Path:
+    """Downloads a set, or takes its files from `root`/downloads/manual (ours: or `archive`), and prepares it in `root`.
+
+    A builder of ours for NAME is the class of that name in _NAME_builder.py. Returns the prepared set's folder.
+    FileNotFoundError, within seconds, that says which file to put where if there is neither a file nor a network;
+    ModuleNotFoundError if a package is lacking; ValueError if a file is damaged or the name unknown.
+    """
+    ours = f"rkd_jax.data._{name}_builder"
+    if name.isidentifier() and importlib.util.find_spec(ours):
+        with _tensorflow_free(f"preparing {name}"):  # ours store files as they are, which takes no TensorFlow
+            builder_class = getattr(importlib.import_module(ours), name.title().replace("_", ""))
+            builder = builder_class(data_dir=root, file_format="array_record")
+            builder.archive = archive or _by_hand(root, builder.ARCHIVES)
+            if not builder.archive:
+                _reach(name, root, {builder.URL: builder.ARCHIVES[0]})
+            return _run(name, root, builder)
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ModuleNotFoundError(_lacking(f"preparing {name}", error), name=error.name) from error
+    tfds.core.utils.gcs_utils._is_gcs_disabled = True  # it would ask Google's storage first, for minutes when offline
+    try:
+        builder = tfds.builder(
+            f"{name}:{version}" if version else name, data_dir=root, file_format="array_record", try_gcs=False
+        )
+    except tfds.core.DatasetNotFoundError as error:
+        near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=1)
+        raise ValueError(
+            f"config.dataset='tfds:{name}' is no set of TFDS"
+            + (f"; did you mean 'tfds:{near[0]}'?" if near else "; tensorflow.org/datasets/catalog lists them")
+        ) from error
+    files = {url: info.filename for url, info in builder.url_infos.items()}
+    _reach(name, root, {url: file for url, file in files.items() if not _by_hand(root, [file])})
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ModuleNotFoundError(
+            f"preparing {name} needs TensorFlow, once; training does not: pip install tensorflow-cpu", name="tensorflow"
+        )
+    return _run(name, root, builder)
+
+
+def _run(name: str, root: Path, builder: Any) -> Path:
+    from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
+
+    try:
+        builder.download_and_prepare(download_dir=root / "downloads")
+    except NonMatchingChecksumError as error:
+        raise ValueError(f"a file of {name} is damaged or incomplete; fetch it again: {error}") from error
+    except OSError as error:
+        raise type(error)(f"config.data_dir={str(root)!r}: {name} cannot be prepared there: {error}") from error
+    return Path(builder.data_dir)
+
+
+def _by_hand(root: Path, patterns: Sequence[str]) -> str:
+    """The first file of these names that a user has put in place; "" if there is none."""
+    folder = root / "downloads" / "manual"
+    return next((str(path) for pattern in patterns for path in sorted(folder.glob(pattern))), "")
+
+
+def _reach(name: str, root: Path, files: dict[str, str]) -> None:
+    """FileNotFoundError, with what to do, if any of these {URL: file name} cannot be downloaded."""
+    for url in files:
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5):
+                continue
+        except (OSError, ValueError) as error:  # URLError, HTTPError and time-outs are OSErrors
+            wanted = " and ".join(f"{file} (from {url})" for url, file in files.items())
+            raise FileNotFoundError(
+                f"config.data_dir={str(root)!r} holds no {name}, and it cannot be downloaded ({error}). "
+                f"Put {wanted} into {root / 'downloads' / 'manual'} and start again, or set config.data_dir to a "
+                f"folder with {name}/<version>/ as TFDS prepared it or its decoded cache, {name}/<version>.uint8/."
+            ) from error
+
+
+def _lacking(why: str, error: ImportError) -> str:
+    return f"{why} needs TFDS ({error}): pip install tensorflow-datasets array_record importlib_resources"

@@ -1,0 +1,438 @@
+"""Data sets: splits, subsets, preparing and reading without TensorFlow, the decoded cache, and every error."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rkd_jax import data
+from rkd_jax.data import _prepared, base
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+WNIDS = [f"n{i:08d}" for i in range(200)]
+
+
+def encode(pixels, kind="png"):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def write_archive(path, per_class=2):
+    """A zip of Tiny-ImageNet's layout: wnids out of order, the level of each image tells its class, one image grey."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny-imagenet-200/wnids.txt", "\n".join(WNIDS[::-1]))
+        lines = []
+        for label, wnid in enumerate(WNIDS):
+            for i in range(per_class):
+                pixels = np.full((64, 64, 3), label, np.uint8)
+                if label == 7 and i == 0:
+                    pixels = pixels[..., 0]
+                archive.writestr(f"tiny-imagenet-200/train/{wnid}/images/{wnid}_{i}.JPEG", encode(pixels, "jpeg"))
+            name = f"val_{(label * 77) % 200}.JPEG"
+            lines.append(f"{name}\t{wnid}\t0\t0\t63\t63\n")
+            archive.writestr(
+                f"tiny-imagenet-200/val/images/{name}", encode(np.full((64, 64, 3), label, np.uint8), "jpeg")
+            )
+        archive.writestr("tiny-imagenet-200/val/val_annotations.txt", "".join(lines))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A small Tiny-ImageNet, prepared by hand and without TensorFlow, not decoded yet."""
+    root = tmp_path_factory.mktemp("tfds")
+    (root / "downloads" / "manual").mkdir(parents=True)
+    write_archive(root / "downloads" / "manual" / "tiny-imagenet-200.zip")
+    _prepared.prepare("tiny_imagenet", root)
+    return root
+
+
+@pytest.fixture
+def tiny(prepared, tmp_path, monkeypatch):
+    """A copy of it of one's own, and a user's cache folder of one's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    shutil.copytree(prepared / "tiny_imagenet", tmp_path / "tfds" / "tiny_imagenet")
+    return tmp_path / "tfds"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def urlopen(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+
+
+def child(code, **environment):
+    """Runs Python in a process of its own; its standard output."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def check_tiny(splits):
+    assert splits.train.images.shape == (400, 64, 64, 3)
+    assert splits.test.images.shape == (200, 64, 64, 3)
+    assert splits.train.images.dtype == np.uint8
+    assert splits.train.labels.dtype == np.int32
+    for split in (splits.train, splits.test):  # the level tells the class, JPEG's rounding apart
+        assert np.abs(split.images.reshape(len(split.labels), -1).mean(1) - split.labels).max() <= 1
+
+
+# By name.
+
+
+def test_digits():
+    splits = data.load("digits")
+    assert splits.train.images.shape == (1442, 8, 8, 1)
+    assert splits.test.images.shape == (355, 8, 8, 1)
+    assert (splits.train.images.min(), splits.train.images.max()) == (0, 255)
+    assert splits.num_classes == 10
+    assert np.bincount(splits.test.labels).min() >= 34
+    values = splits.train.images / 255
+    np.testing.assert_allclose(splits.mean, values.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(splits.std, values.std((0, 1, 2)), rtol=1e-12)
+    assert (data.load("digits").test.labels == splits.test.labels).all()
+
+
+def test_subset_is_balanced_and_fixed():
+    whole, part = data.load("digits").train, data.load("digits", num_train=105, num_test=5)
+    assert np.bincount(part.train.labels).tolist() == [11] * 5 + [10] * 5
+    assert part.test.labels.tolist() != [0] * 5
+    again = data.load("digits", num_train=105).train
+    assert (again.images == part.train.images).all()
+    rows = {image.tobytes() for image in whole.images}
+    assert all(image.tobytes() in rows for image in part.train.images)
+    more = data.load("digits", num_train=106).train
+    assert {image.tobytes() for image in part.train.images} < {image.tobytes() for image in more.images}
+    assert (data.load("digits", num_train=1442).train.images == whole.images).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_train": 1443}, r"config.num_train=1443 exceeds the 1442 training images of digits; lower it"),
+        ({"num_test": 356}, r"config.num_test=356 exceeds the 355 test images of digits; lower it"),
+        ({"num_train": 0}, r"config.num_train=0 is not positive"),
+        ({"image_size": 32}, r"config.image_size=32 is read by tfds: and folder: alone"),
+    ],
+)
+def test_numbers_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        data.load("digits", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cifar10O", r"config.dataset='cifar10O' is no data set; did you mean 'cifar100'\?"),
+        ("augment", r"config.dataset='augment' is no data set. There are cifar100, digits, tiny_imagenet, tfds:NAME"),
+        ("tfds:mnisst", r"'tfds:mnisst' is no set of TFDS; did you mean 'tfds:mnist'\?"),
+    ],
+)
+def test_unknown_name(name, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        data.load(name, str(tmp_path))
+
+
+# Preparing and reading.
+
+
+def test_tiny_imagenet_without_tensorflow(tiny):
+    """TensorFlow is neither needed, nor asked for where it is blocked, nor imported where it is installed."""
+    code = f"""
+import sys
+{{}}
+from rkd_jax import data
+splits = data.load("tiny_imagenet", {str(tiny)!r})
+print(len(splits.train.labels), type(sys.modules.get("tensorflow", "absent")).__name__)
+"""
+    assert child(code.format("sys.modules['tensorflow'] = None")) == "400 NoneType"
+    shutil.rmtree(tiny / "tiny_imagenet" / "1.0.0.uint8")
+    trap = tiny.parent / "trap"
+    (trap / "tensorflow").mkdir(parents=True)
+    (trap / "tensorflow" / "__init__.py").write_text("raise SystemError('TensorFlow was imported')")
+    assert child(code.format(""), PYTHONPATH=f"{ROOT}{os.pathsep}{trap}") == "400 str"
+
+
+def test_tiny_imagenet_labels_and_cache(tiny):
+    first = data.load("tiny_imagenet", str(tiny))
+    check_tiny(first)
+    assert first.mean == (0.4802, 0.4481, 0.3975)
+    assert (tiny / "tiny_imagenet" / "1.0.0.uint8" / "train_images.npy").exists()
+    started = time.perf_counter()
+    second = data.load("tiny_imagenet", str(tiny))
+    assert time.perf_counter() - started < 1
+    assert isinstance(second.train.images, np.memmap)
+    assert (second.train.images == first.train.images).all()
+
+
+@pytest.mark.parametrize("layout", ["name/version.uint8", "the cache itself"])
+def test_the_cache_alone_is_enough(tiny, layout):
+    data.load("tiny_imagenet", str(tiny))
+    cache = tiny / "tiny_imagenet" / "1.0.0.uint8"
+    root = tiny.parent / "alone"
+    shutil.move(cache, root / "tiny_imagenet" / "1.0.0.uint8" if layout.startswith("name") else root)
+    assert len(list(root.rglob("*.npy"))) == 4
+    code = f"""
+import sys
+sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = sys.modules["array_record"] = None
+from rkd_jax import data
+print(data.load("tiny_imagenet", {str(root)!r}).test.images.shape)
+"""
+    assert child(code) == "(200, 64, 64, 3)"
+
+
+def test_a_read_only_folder_is_cached_in_the_users(tiny):
+    parent = tiny / "tiny_imagenet"
+    parent.chmod(0o555)
+    try:
+        check_tiny(data.load("tiny_imagenet", str(tiny)))
+        assert [path.name for path in parent.iterdir()] == ["1.0.0"]
+        (cache,) = (tiny.parent / "xdg" / "rkd_jax").iterdir()
+        assert isinstance(data.load("tiny_imagenet", str(tiny)).train.images, np.memmap)
+        cache.parent.chmod(0o555)  # nowhere to write at all
+        shutil.rmtree(cache)
+        check_tiny(data.load("tiny_imagenet", str(tiny)))
+        assert not cache.exists()
+    finally:
+        parent.chmod(0o755)
+
+
+def test_a_damaged_cache_is_decoded_anew(tiny):
+    data.load("tiny_imagenet", str(tiny))
+    cache = tiny / "tiny_imagenet" / "1.0.0.uint8"
+    for name in ("train_images.npy", "meta.json", "test_labels.npy"):
+        (cache / name).write_bytes((cache / name).read_bytes()[:100])
+        check_tiny(data.load("tiny_imagenet", str(tiny)))
+    (cache / "test_images.npy").unlink()
+    check_tiny(data.load("tiny_imagenet", str(tiny)))
+    assert not list(cache.parent.glob(".*"))  # nothing half written is left
+
+
+def test_a_set_prepared_anew_is_decoded_anew(tiny):
+    data.load("tiny_imagenet", str(tiny))
+    info = tiny / "tiny_imagenet" / "1.0.0" / "dataset_info.json"
+    meta = tiny / "tiny_imagenet" / "1.0.0.uint8" / "meta.json"
+    before = json.loads(meta.read_text())["fingerprint"]
+    info.write_text(json.dumps({**json.loads(info.read_text()), "description": "another"}))
+    check_tiny(data.load("tiny_imagenet", str(tiny)))
+    assert json.loads(meta.read_text())["fingerprint"] != before
+
+
+def test_prepare_command(tmp_path):
+    write_archive(tmp_path / "mine.zip", per_class=1)
+    command = [sys.executable, "-m", "rkd_jax.data", "tiny_imagenet", "--data_dir", str(tmp_path / "tfds")]
+    done = subprocess.run(
+        [*command, "--archive", str(tmp_path / "mine.zip")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert "tiny_imagenet train: 200 images of 64x64x3, 200 classes" in done.stdout, done.stderr
+    (tmp_path / "mine.zip").write_bytes((tmp_path / "mine.zip").read_bytes()[:5000])
+    command[5] = str(tmp_path / "other")
+    done = subprocess.run(
+        [*command, "--archive", str(tmp_path / "mine.zip")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "mine.zip is no complete zip archive" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("cifar100", "cifar-100-binary.tar.gz"),
+        ("tiny_imagenet", "tiny-imagenet-200.zip"),
+        ("tfds:mnist", "train-images-idx3-ubyte.gz"),
+    ],
+)
+def test_absent_and_offline(name, file, tmp_path, offline):
+    """One error, at once, that says which file goes where."""
+    started = time.perf_counter()
+    with pytest.raises(FileNotFoundError, match=f"Put .*{file} .*into {tmp_path}/downloads/manual and start again"):
+        data.load(name, str(tmp_path))
+    assert time.perf_counter() - started < 10
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorflow_lacking(tmp_path, offline, monkeypatch):
+    """With its file in place, CIFAR-100 asks for what preparing it needs."""
+    (tmp_path / "downloads" / "manual").mkdir(parents=True)
+    (tmp_path / "downloads" / "manual" / "cifar-100-binary.tar.gz").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(ModuleNotFoundError, match=r"preparing cifar100 needs TensorFlow, once; .*pip install"):
+        data.load("cifar100", str(tmp_path))
+
+
+def test_a_damaged_download(tmp_path, offline, monkeypatch):
+    """A file put in place by hand must have TFDS's checksum; that is seen before TensorFlow has anything to do."""
+    (tmp_path / "downloads" / "manual").mkdir(parents=True)
+    (tmp_path / "downloads" / "manual" / "cifar-100-binary.tar.gz").write_bytes(b"half of it")
+    monkeypatch.setattr(_prepared.importlib.util, "find_spec", lambda name: name == "tensorflow")
+    with pytest.raises(ValueError, match=r"a file of cifar100 is damaged or incomplete; fetch it again: .*checksum"):
+        data.load("cifar100", str(tmp_path))
+
+
+def test_random_has_the_form_of_the_set():
+    splits = data.random("cifar100", 200, 100)
+    assert splits.train.images.shape == (200, 32, 32, 3)
+    assert splits.test.labels.tolist() == list(range(100))
+    assert splits.num_classes == 100
+    assert (data.random("cifar100", 200, 100).test.images == splits.test.images).all()
+    assert data.random("digits", 20, 10).train.images.shape == (20, 8, 8, 1)
+
+
+def test_real_cifar100():
+    if not (SHARED / "tfds").exists():
+        pytest.skip("no prepared CIFAR-100 at ../shared/data/tfds")
+    splits = data.load("cifar100", str(SHARED / "tfds"))
+    assert splits.train.images.shape == (50_000, 32, 32, 3)
+    assert np.bincount(splits.train.labels).tolist() == [500] * 100
+    assert np.bincount(splits.test.labels).tolist() == [100] * 100
+    mean, std = base.moments(splits.train.images)
+    np.testing.assert_allclose(mean, (0.50708, 0.48655, 0.44092), atol=1e-5)
+    np.testing.assert_allclose(mean, splits.mean, atol=2e-4)
+    np.testing.assert_allclose(std, splits.std, atol=2e-4)
+    started = time.perf_counter()
+    data.load("cifar100", str(SHARED / "tfds"))
+    assert time.perf_counter() - started < 1
+
+
+def test_real_tiny_imagenet():
+    """What the builder reads from the archive, before TFDS writes it: counts, and labels as annotated."""
+    archive = SHARED / "tiny-imagenet-200-subset.zip"
+    if not archive.exists():
+        pytest.skip("no ../shared/data/tiny-imagenet-200-subset.zip")
+    with _prepared._tensorflow_free("this test"):
+        from rkd_jax.data._tiny_imagenet_builder import TinyImagenet
+
+        builder = TinyImagenet(data_dir="unused", file_format="array_record")
+        builder.archive = str(archive)
+        splits = builder._split_generators(None)
+        validation = dict(splits["validation"])
+        train = [example["label"] for _, example in splits["train"]]
+    names = builder.info.features["label"].names
+    assert names == sorted(names)
+    assert len(validation) == 10_000
+    assert set(np.unique([example["label"] for example in validation.values()], return_counts=True)[1]) == {50}
+    assert len(train) == 20_000
+    assert set(np.unique(train, return_counts=True)[1]) == {100}
+    with zipfile.ZipFile(archive) as file:
+        lines = file.read("tiny-imagenet-200/val/val_annotations.txt").decode().splitlines()
+    for line in lines[::1000]:
+        name, wnid = line.split("\t")[:2]
+        assert validation[name]["label"] == wnid
+    assert {Image.open(example["image"]).mode for example in validation.values()} == {"RGB"}
+
+
+# Any set of TFDS, and folders.
+
+
+def tfds_set(root, name, features, splits):
+    """Prepares a set of TFDS of the given features and examples."""
+    with _prepared._tensorflow_free("this test") as tfds:
+        body = {
+            "VERSION": tfds.core.Version("1.0.0"),
+            "_info": lambda self: tfds.core.DatasetInfo(builder=self, features=features(tfds.features)),
+            "_split_generators": lambda self, manager: {key: iter(enumerate(value)) for key, value in splits.items()},
+            "_generate_examples": lambda self: None,
+        }
+        builder = type(name, (tfds.core.GeneratorBasedBuilder,), {**body, "__module__": __name__})
+        builder(data_dir=root, file_format="array_record").download_and_prepare()
+
+
+def test_tfds_grey_without_test_split(tmp_path):
+    def features(f):
+        return f.FeaturesDict({"picture": f.Image(shape=(28, 28, 1)), "kind": f.ClassLabel(num_classes=3)})
+
+    examples = [
+        {"picture": io.BytesIO(encode(np.full((28, 28), i, np.uint8))), "kind": i % 3} for i in range(90)
+    ]  # the level tells the class
+    tfds_set(tmp_path, "GreySet", features, {"train": examples})
+    splits = data.load("tfds:grey_set", str(tmp_path))
+    assert splits.train.images.shape == (81, 28, 28, 1)
+    assert np.bincount(splits.test.labels).tolist() == [3, 3, 3]
+    assert (splits.test.images[:, 0, 0, 0] % 3 == splits.test.labels).all()
+    assert splits.num_classes == 3
+    resized = data.load("tfds:grey_set", str(tmp_path), image_size=16)
+    assert resized.train.images.shape == (81, 16, 16, 1)
+    assert data.load("tfds:grey_set", str(tmp_path)).train.images.shape == (81, 28, 28, 1)  # caches stay apart
+
+
+def test_tfds_of_unequal_sizes_and_secret_labels(tmp_path):
+    def features(f):
+        return f.FeaturesDict({"image": f.Image(shape=(None, None, 3)), "label": f.ClassLabel(num_classes=2)})
+
+    def examples(count, label=None):
+        for i in range(count):
+            pixels = np.full((20 + i, 30, 3), 100 * (i % 2), np.uint8)
+            yield {"image": io.BytesIO(encode(pixels)), "label": i % 2 if label is None else label}
+
+    tfds_set(
+        tmp_path, "UnequalSet", features, {"train": examples(6), "validation": examples(4), "test": examples(5, -1)}
+    )
+    splits = data.load("tfds:unequal_set", str(tmp_path))
+    assert splits.train.images.shape == (6, 64, 64, 3)
+    assert splits.test.labels.shape == (4,)
+    assert (splits.train.images[:, 0, 0, 0] == 100 * splits.train.labels).all()
+
+
+def test_tfds_of_something_else(tmp_path):
+    tfds_set(tmp_path, "TextSet", lambda f: f.FeaturesDict({"text": f.Text()}), {"train": [{"text": "word"}]})
+    with pytest.raises(ValueError, match="'tfds:text_set' is not one image and one class an example"):
+        data.load("tfds:text_set", str(tmp_path))
+
+
+def write_folder(root, counts, size=(10, 12)):
+    for label, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(np.full((*size, 3), 50 * label, np.uint8)).save(root / name / f"{i:02d}.png")
+
+
+def test_folder_with_splits(tmp_path):
+    write_folder(tmp_path / "train", {"ape": 3, "bee": 2})
+    write_folder(tmp_path / "val", {"ape": 1, "bee": 2})
+    splits = data.load(f"folder:{tmp_path}")
+    assert splits.train.images.shape == (5, 10, 12, 3)
+    assert splits.train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert splits.test.labels.tolist() == [0, 1, 1]
+    assert (splits.test.images[:, 0, 0, 0] == 50 * splits.test.labels).all()
+    assert data.load(f"folder:{tmp_path}", image_size=8).test.images.shape == (3, 8, 8, 3)
+    (tmp_path / "val" / "cat").mkdir()
+    with pytest.raises(ValueError, match="val has the classes cat, which are not among those of training"):
+        data.load(f"folder:{tmp_path}")
+
+
+def test_folder_without_splits(tmp_path):
+    write_folder(tmp_path, {"ape": 20, "bee": 10})
+    Image.new("RGB", (30, 30), (50, 50, 50)).save(tmp_path / "bee" / "odd.jpg")
+    splits = data.load(f"folder:{tmp_path}")
+    assert splits.train.images.shape == (28, 64, 64, 3)
+    assert splits.test.labels.tolist() == [0, 0, 1]
+    assert (splits.train.images[:, 0, 0, 0] == 50 * splits.train.labels).all()
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no folder; it should hold one sub-folder a class"):
+        data.load(f"folder:{tmp_path}/absent")
+    with pytest.raises(ValueError, match="holds 0 images in 0 sub-folders"):
+        data.load(f"folder:{tmp_path}")
+    write_folder(tmp_path, {"ape": 2, "bee": 2})
+    with pytest.raises(ValueError, match="no class has ten images"):
+        data.load(f"folder:{tmp_path}")
+    (tmp_path / "bee" / "text.png").write_text("words")
+    with pytest.raises(ValueError, match=r"text.png is no image that PIL reads"):
+        data.load(f"folder:{tmp_path}")
