@@ -13,7 +13,7 @@ from typing import Any
 
 from rkd_jax.methods.base import Context, Distiller
 
-__all__ = ["Context", "Distiller", "create", "fields", "load", "names", "resolve"]
+__all__ = ["Context", "Distiller", "create", "fields", "hyperparameters", "load", "names", "resolve"]
 
 
 @functools.cache
@@ -28,47 +28,82 @@ def load(name: str) -> type[Distiller]:
     if ":" in name:
         module, attribute = name.split(":", 1)
         try:
-            return getattr(importlib.import_module(module), attribute)
+            method = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"config.method={name!r} cannot be imported: {error}; write it as module:Class") from error
+        if not (isinstance(method, type) and issubclass(method, Distiller)):
+            raise ValueError(f"config.method={name!r} is no distillation method; derive it from methods.Distiller")
+        return method
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
         raise ValueError(
-            f"config.method={name!r} is no method" + (f"; did you mean {near[0]!r}?" if near else "")
-            + f" There are {', '.join(names())}, and module:Class for your own."
+            f"config.method={name!r} is no method{_nearest(name, names())} There are {', '.join(names())}, "
+            "and module:Class for your own."
         )
     return importlib.import_module(f"{__name__}.{name}").Method
 
 
 def create(name: str, **fields: Any) -> Distiller:
-    """A method by name, with some of its hyper-parameters given; TypeError-free: a field it lacks is a ValueError."""
-    method = load(name)
-    known = [field.name for field in dataclasses.fields(method)]
-    for field in fields:
-        if field not in known:
-            near = difflib.get_close_matches(field, known, n=1)
-            raise ValueError(
-                f"config.{field}={fields[field]!r} is set, but method {name!r} does not read it"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-                + f" It reads {', '.join(known) or 'no hyper-parameter'}."
-            )
-    return method(**fields)
+    """A method by name, with some of its hyper-parameters given; ValueError for one that it does not read."""
+    return _create(load(name), fields, ())
 
 
 def resolve(name: str, given: Mapping[str, Any], dataset: str = "", teacher: str = "", student: str = "") -> Distiller:
     """A method with the given fields (None: unset), and its authors' values for this data set and pair elsewhere."""
-    method = load(name)
-    tuned = {}
-    for key in (dataset, student, f"{teacher}>{student}"):
-        tuned |= method.tuned.get(key.lower(), {})
-    return create(name, **tuned | {field: value for field, value in given.items() if value is not None})
+    given = {field: value for field, value in given.items() if value is not None}
+    return _create(load(name), given, (dataset, student, f"{teacher}>{student}"))
 
 
-def fields() -> dict[str, type]:
-    """The name and type of every hyper-parameter of every method of this package: config fields, unset by default."""
+def fields(*others: str) -> dict[str, type]:
+    """The name and type of every hyper-parameter of this package's methods, and of `others` ("my_module:Method").
+
+    They are the config's fields, unset by default; a method within a method is given by its name, a str.
+    """
     found: dict[str, type] = {}
-    for name in names():
+    for name in (*names(), *others):
         for field in dataclasses.fields(load(name)):
-            if found.setdefault(field.name, field.type) != field.type:
-                raise TypeError(f"methods disagree about the type of {field.name!r}: {found[field.name]}, {field.type}")
+            kind = str if field.type is Distiller else field.type
+            if found.setdefault(field.name, kind) != kind:
+                raise TypeError(f"methods disagree about the type of {field.name!r}: {found[field.name]}, {kind}")
     return found
+
+
+def hyperparameters(method: Distiller) -> dict[str, Any]:
+    """A method's fields and their values, as `create` takes them: a method within by its name, beside its fields."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if isinstance(value, Distiller):
+            found = hyperparameters(value) | found | {field.name: _name(type(value))}
+        else:
+            found[field.name] = value
+    return found
+
+
+def _create(method: type[Distiller], given: Mapping[str, Any], places: tuple[str, ...]) -> Distiller:
+    """A method with its values for these places, then the given ones; those it lacks go to the method within."""
+    values: dict[str, Any] = {}
+    for place in places:
+        values |= method.tuned.get(place.lower(), {})
+    values |= given
+    known = {field.name: field for field in dataclasses.fields(method)}
+    foreign = {name: values.pop(name) for name in list(values) if name not in known}
+    for name, field in known.items():
+        if field.type is Distiller:
+            inner = load(values[name]) if name in values else type(field.default)
+            values[name], foreign = _create(inner, foreign, places), {}
+    for name, value in foreign.items():
+        raise ValueError(
+            f"config.{name}={value!r} is set, but method {_name(method)!r} does not read it{_nearest(name, known)} "
+            f"It reads {', '.join(known) or 'no hyper-parameter'}."
+        )
+    return method(**values)
+
+
+def _name(method: type[Distiller]) -> str:
+    package, _, module = method.__module__.rpartition(".")
+    return module if package == __name__ else f"{method.__module__}:{method.__qualname__}"
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."

@@ -1,21 +1,25 @@
 """The protocol that every distillation method follows.
 
 A method is a frozen dataclass named `Method` in its own file; its fields are its hyper-parameters and only `loss` is
-required. `config.method = "dkd"` loads `rkd_jax/methods/dkd.py`; `"my_module:Method"` loads a class of yours.
+required. `config.method = "dkd"` loads `rkd_jax/methods/dkd.py`; `"my_module:Method"` loads a class of yours. Its
+module's docstring is the method's page: the paper, a blank line, the formula, and after another whatever else to know.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from rkd_jax import losses
 from rkd_jax.models import Outputs
 
 Params = Any  # trained beside the student's, by the same optimizer
 State = Any  # carried from step to step, not differentiated
-Terms = dict[str, jax.Array]  # named scalars, already weighted; their sum is the loss; "label" is the cross-entropy part
+Terms = dict[str, jax.Array]  # named scalars, already weighted, whose sum is the loss; "label" is the cross-entropy
 Metrics = dict[str, jax.Array]  # named scalars to log
 
 
@@ -27,10 +31,38 @@ class Context(NamedTuple):
     epoch: jax.Array  # float32, step / steps per epoch
     progress: jax.Array  # float32 in [0, 1), step / all steps
 
+    def epoch_number(self) -> jax.Array:
+        """1 throughout the first epoch, 2 throughout the second: how the methods' released codes count."""
+        return jnp.floor(self.epoch) + 1
+
+    def warmup(self, epochs: float) -> jax.Array:
+        """min(epoch number / epochs, 1): a weight that rises by epochs; 1 where epochs is 0."""
+        return jnp.minimum(self.epoch_number() / epochs, 1.0) if epochs else jnp.float32(1)
+
+
+def positive(default: float) -> Any:
+    """A hyper-parameter that has to be above 0."""
+    return dataclasses.field(default=default, metadata={"claim": (lambda value: value > 0, "has to be above 0")})
+
+
+def non_negative(default: float) -> Any:
+    """A hyper-parameter that has to be 0 or above."""
+    return dataclasses.field(default=default, metadata={"claim": (lambda value: value >= 0, "has to be 0 or above")})
+
+
+def one_of(default: str, *others: str) -> Any:
+    """A hyper-parameter with a few values."""
+    values = (default, *others)
+    claim = "has to be one of " + ", ".join(map(repr, values))
+    return dataclasses.field(default=default, metadata={"claim": (lambda value: value in values, claim)})
+
 
 @dataclasses.dataclass(frozen=True)
 class Distiller:
-    """A method: its hyper-parameters, and the loss they make."""
+    """A method: its hyper-parameters, and the loss they make.
+
+    A field whose type is Distiller is another method, given by its name; fields that this method lacks are that one's.
+    """
 
     needs_teacher: ClassVar[bool] = True
     joint_views: ClassVar[bool] = False  # True: loss gets all views at once; every array has a leading view axis
@@ -40,6 +72,16 @@ class Distiller:
     # Values that the authors use elsewhere than in the dataclass' defaults: data set, student or "teacher>student", in
     # lower case and in rising precedence -> fields. They apply where the config leaves a field unset.
     tuned: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    def __post_init__(self):
+        """ValueError for a hyper-parameter that is not finite, or breaks its own claim."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            holds, claim = field.metadata.get("claim", (lambda value: True, ""))
+            if isinstance(value, float) and not math.isfinite(value):
+                holds, claim = (lambda value: False), "has to be finite"
+            if not holds(value):
+                raise ValueError(f"config.{field.name}={value!r} {claim}; unset, it is {field.default!r}")
 
     def init(self, rng: jax.Array, student: Outputs, teacher: Outputs, num_examples: int) -> tuple[Params, State]:
         """Returns what the method trains and what it carries; the outputs (of one view) are jax.ShapeDtypeStructs."""
@@ -61,3 +103,20 @@ class Distiller:
     def wrap_optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
         """Returns the optimizer to use in place of `tx`."""
         return tx
+
+
+def distilled_logits(student: Outputs, teacher: Outputs, standardize: bool) -> tuple[jax.Array, jax.Array]:
+    """Both sides' logits in float32 at least, as z-scores where `standardize` (Sun et al., 2024)."""
+    prepare = losses.standardize if standardize else losses.promote
+    return prepare(student.logits), prepare(teacher.logits)
+
+
+def weak_and_strong(name: str, outputs: Outputs) -> tuple[jax.Array, jax.Array]:
+    """The logits of the weak and of the strong view, [2, B, C] -> [B, C] each; ValueError for other views."""
+    if outputs.logits.ndim != 3 or outputs.logits.shape[0] != 2:
+        views = outputs.logits.shape[0] if outputs.logits.ndim == 3 else 1
+        raise ValueError(
+            f"config.method={name!r} compares a weak view with a strong one, and config.views gives {views}; "
+            "set config.views to 'both'"
+        )
+    return outputs.logits[0], outputs.logits[1]

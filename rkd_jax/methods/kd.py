@@ -13,9 +13,11 @@ from rkd_jax.methods import base
 class Method(base.Distiller):
     alpha: float = 0.1  # weight of the label loss
     beta: float = 0.9  # weight of the teacher's
-    temperature: float = 4.0  # T
+    temperature: float = base.positive(4.0)  # T
+    standardize: bool = False  # both sides' logits to z-scores first, as lskd does
 
     def loss(self, params, state, student, teacher, batch, context):
+        s, t = base.distilled_logits(student, teacher, self.standardize)
         label = losses.cross_entropy(student.logits, batch["label"]).mean()
-        distill = losses.kl(student.logits, teacher.logits, self.temperature).mean()
+        distill = losses.kl(s, t, self.temperature).mean()
         return {"label": self.alpha * label, "distill": self.beta * distill}, state, {}

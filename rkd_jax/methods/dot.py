@@ -1,0 +1,90 @@
+"""Distillation-oriented trainer (Zhao et al., ICCV 2023, arXiv:2307.08436).
+
+L = that of `inner`; v_ce = (m - delta) * v_ce + g_ce + weight decay * theta; v_kd = (m + delta) * v_kd + g_kd;
+theta -= rate * (v_ce + v_kd), g_ce the gradient of the label term, g_kd that of the other terms
+
+m and the weight decay are the optimizer's. `inner` is any method with a teacher; its hyper-parameters are set as if it
+were the method: config.method = "dot", config.inner = "dkd", config.beta = 2. (For parameters that only g_kd reaches,
+those that a method trains for itself, the released code takes plain momentum; here they are as all others.)
+"""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rkd_jax.methods import base, kd
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(base.Distiller):
+    inner: base.Distiller = dataclasses.field(default=kd.Method())  # the method whose two parts get a momentum each
+    delta: float = base.non_negative(0.075)  # how far their momenta are from the optimizer's
+
+    per_term_gradients: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.inner.needs_teacher:
+            raise ValueError("config.inner has to be a method with a teacher; unset, it is 'kd'")
+
+    @property
+    def joint_views(self):
+        return self.inner.joint_views
+
+    def init(self, *args):
+        return self.inner.init(*args)
+
+    def loss(self, *args):
+        return self.inner.loss(*args)
+
+    def wrap_optimizer(self, tx):
+        return two_momenta(self.inner.wrap_optimizer(tx), self.delta)
+
+
+class State(NamedTuple):
+    """v_kd, and the wrapped optimizer's state, whose trace is v_ce + v_kd."""
+
+    distill: Any
+    optimizer: optax.OptState
+
+
+def two_momenta(tx: optax.GradientTransformation, delta: float) -> optax.GradientTransformationExtraArgs:
+    """Splits the momentum of an SGD optimizer (optax.trace) in two, for the gradients of two terms.
+
+    With v = v_ce + v_kd, the two rules add up to v = m * v + [g + delta * (v_kd - v_ce)] + weight decay * theta: the
+    optimizer as it is, fed with what is in brackets.
+    """
+    momentum = momentum_of(tx)
+    if not 0 <= delta <= min(momentum, 1 - momentum):
+        raise ValueError(
+            f"config.delta={delta} puts a momentum of config.method='dot' out of [0, 1]; "
+            f"with config.momentum={momentum:g}, take at most {min(momentum, 1 - momentum):g}"
+        )
+
+    def init(params):
+        return State(jax.tree.map(jnp.zeros_like, params), tx.init(params))
+
+    def update(grads, state, params=None, *, term_grads, **extra):
+        trace = optax.tree_utils.tree_get(state.optimizer, "trace")
+        fed = jax.tree.map(lambda g, kd, v: g + delta * (2 * kd - v), grads, state.distill, trace)
+        distill = jax.tree.map(lambda kd, g: (momentum + delta) * kd + g, state.distill, term_grads["distill"])
+        updates, optimizer = optax.with_extra_args_support(tx).update(fed, state.optimizer, params, **extra)
+        return updates, State(distill, optimizer)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def momentum_of(tx: optax.GradientTransformation) -> float:
+    """The momentum of an SGD optimizer, read off what a unit gradient leaves in its trace after another step."""
+    with jax.ensure_compile_time_eval():
+        params = jnp.zeros(())
+        state = tx.init(params)
+        for gradient in (1.0, 0.0):
+            _, state = tx.update(jnp.float32(gradient), state, params)
+    trace = optax.tree_utils.tree_get(state, "trace")
+    if trace is None:
+        raise ValueError("config.method='dot' splits the optimizer's momentum, which is 0; set config.momentum=0.9")
+    return round(float(trace), 6)
