@@ -1,6 +1,187 @@
-"""Networks and training states on disk, by Orbax. (being written)
+"""Networks and training states on disk, by Orbax.
 
-A network is a folder: `variables/` (Orbax) and `metadata.json`.
+A network is a folder that holds `variables/` (Orbax) and `metadata.json`: what `rkd_jax.convert` writes, a run leaves
+in `best/` and `last/`, and `config.teacher_checkpoint` names. A training state lives under `checkpoints/` of
+its workdir, by step, beside a checksum.
 """
-def save_network(path, variables, metadata): ...
-def load_network(path, name=None, num_classes=None): ...
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+
+def fingerprint(variables: Any) -> str:
+    """SHA-256 of the names, types, shapes and values of a tree of arrays, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        leaf = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def save_network(path: str | os.PathLike, variables: Any, metadata: Mapping[str, Any]) -> None:
+    """Writes a network folder, in place of one that is there.
+
+    Args:
+      path: the folder.
+      variables: {"params": ..., "batch_stats": ...}.
+      metadata: JSON-serialisable; "network", "num_classes", "mean" and "std" are required, for the reader needs them.
+    """
+    missing = {"network", "num_classes", "mean", "std"} - set(metadata)
+    if missing:
+        raise ValueError(f"metadata of a network lacks {', '.join(sorted(missing))}")
+    path = Path(path).absolute()
+    fresh, stale = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    for folder in (fresh, stale):
+        shutil.rmtree(folder, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    variables = jax.tree.map(np.asarray, variables)
+    # A frozen teacher belongs to one process; in a run of several, the first alone writes, so none waits for another.
+    options = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={jax.process_index()})
+    options.barrier_sync_key_prefix = f"network_{jax.process_index()}"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=options) as checkpointer:
+        checkpointer.save(fresh / "variables", args=ocp.args.PyTreeSave(variables))
+    text = json.dumps(dict(metadata) | {"fingerprint": fingerprint(variables)}, indent=2)
+    (fresh / "metadata.json").write_text(text + "\n")
+    if path.exists():
+        path.rename(stale)
+    fresh.rename(path)
+    shutil.rmtree(stale, ignore_errors=True)
+
+
+def read_metadata(path: str | os.PathLike, field: str = "config.teacher_checkpoint") -> dict[str, Any]:
+    """The metadata of a network folder; FileNotFoundError, naming the config's `field`, where there is none."""
+    path = Path(path)
+    if not (path / "metadata.json").is_file():
+        what = "is empty" if not path.name else f"{str(path)!r} holds no network (no metadata.json)"
+        raise FileNotFoundError(
+            f"{field} {what}. Convert a PyTorch checkpoint with `python -m rkd_jax.convert --model NAME --checkpoint "
+            "FILE --output DIR`, or train one with a config of configs/teachers/ and name its WORKDIR/best."
+        )
+    try:
+        return json.loads((path / "metadata.json").read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{field}: {path / 'metadata.json'} is damaged ({error}); convert or train it again"
+        ) from error
+
+
+def load_network(
+    path: str | os.PathLike,
+    name: str | None = None,
+    num_classes: int | None = None,
+    field: str = "config.teacher_checkpoint",
+) -> tuple[Any, dict[str, Any]]:
+    """Reads a network folder: (variables, metadata), as NumPy arrays; floating point as float32.
+
+    Args:
+      path: the folder.
+      name, num_classes: what the caller expects; ValueError where the folder holds another.
+      field: the config field that named the folder, for the errors.
+    """
+    path = Path(path).absolute()
+    metadata = read_metadata(path, field)
+    if name is not None and metadata["network"].lower() != name.lower():
+        raise ValueError(f"{field}={str(path)!r} holds a {metadata['network']}, not a {name}; name the right one")
+    if num_classes is not None and metadata["num_classes"] != num_classes:
+        raise ValueError(
+            f"{field}={str(path)!r} was trained on {metadata['num_classes']} classes, the data set has {num_classes}; "
+            "use a network trained on this data set"
+        )
+    try:
+        variables = _restore_numpy(path / "variables")
+    except Exception as error:  # Orbax and TensorStore raise many kinds for a file cut short
+        raise ValueError(
+            f"{field}={str(path)!r} is damaged or cut short: {_first_line(error)}; make it again"
+        ) from error
+    if metadata.get("fingerprint", found := fingerprint(variables)) != found:
+        raise ValueError(f"{field}={str(path)!r} is damaged: its arrays are not those that were saved; make it again")
+    return jax.tree.map(lambda x: x.astype(np.float32) if x.dtype.kind == "f" else x, variables), metadata
+
+
+def _restore_numpy(path: Path) -> Any:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(path).item_metadata.tree
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _checksum(tree: Any) -> int:
+    value = 0
+    for leaf in jax.tree.leaves(tree):
+        value = zlib.crc32(np.ascontiguousarray(leaf), value)
+    return value
+
+
+class Checkpoints:
+    """The training states of one run: the newest two, so that a damaged one costs little.
+
+    States are written as host arrays, in the background, whole or not at all; they restore on any number of devices.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self._folder = Path(folder).absolute()
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+        return ocp.CheckpointManager(self._folder, options=options)
+
+    def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
+        """Saves `state`, a tree of arrays, and `progress`, plain JSON, as of `step`; returns before it is on disk."""
+        # A copy, for the CPU backend would hand out its own memory, which the next step donates.
+        state = jax.tree.map(lambda x: np.array(x, copy=True), state)
+        record = {"progress": dict(progress), "checksum": _checksum(state)}
+        self._manager.save(
+            step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+        )
+
+    def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest state that is whole, as host arrays, and its progress; None where there is none.
+
+        A damaged one is named in the log and set aside as damaged-STEP.
+        """
+        template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = self._manager.restore(
+                    step,
+                    args=ocp.args.Composite(state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()),
+                )
+                if _checksum(found.state) != found.record["checksum"]:
+                    raise ValueError("its checksum does not match")
+                return found.state, found.record["progress"]
+            except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+                logging.warning(
+                    "checkpoint %s is damaged and set aside (%s); trying the one before it",
+                    self._folder / str(step),
+                    _first_line(error),
+                )
+                self._set_aside(step)
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        self._manager.close()
+        aside = self._folder.with_name(f"damaged-{step}")
+        shutil.rmtree(aside, ignore_errors=True)
+        (self._folder / str(step)).rename(aside)
+        self._manager = self._open()
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.close()

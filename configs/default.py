@@ -1,0 +1,62 @@
+"""Every field of a run, with its meaning. An experiment's config starts from here and overrides a few.
+
+The config is locked: a misspelt field is an error that suggests the right one.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from rkd_jax import methods
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+
+    # Data. None: all of it.
+    config.dataset = "cifar100"  # a file of rkd_jax/data/, "tfds:NAME", or "folder:PATH"
+    config.data_dir = ""  # where TFDS keeps its sets; "": $TFDS_DATA_DIR, or ~/tensorflow_datasets
+    config.image_size = placeholder(int)  # pixels a side, for "tfds:" and "folder:" alone
+    config.num_train = placeholder(int)  # train on this many images, classes balanced
+    config.num_test = placeholder(int)  # test on this many images
+
+    # Networks: names of rkd_jax/models/, or "my_module:factory".
+    config.student = "resnet8x4"
+    config.teacher = "resnet32x4"
+    config.teacher_checkpoint = ""  # a folder from `python -m rkd_jax.convert`, or another run's WORKDIR/best
+
+    # Method: a file of rkd_jax/methods/, or "my_module:Class".
+    config.method = "ranking_alignment"
+    # Its hyper-parameters (lam, eps, temperature, ...). None: its authors' value for this data set and these networks,
+    # which `python -m rkd_jax.methods` lists, and which every run prints and saves.
+    for name, kind in methods.fields().items():
+        config[name] = placeholder(kind)
+
+    # Views of each image, made on the device.
+    config.views = "both"  # "weak": crop and flip; "strong": then two operations of fourteen, and Cutout; or "both"
+    config.view_reduction = "sum"  # of each loss term over the views: "sum" or "mean"
+    config.crop_padding = 4  # pixels of zeros on each side before the random crop; 0: no crop
+    config.flip = True  # mirror half of the images
+    config.rotation = 0.0  # degrees, uniform in +- this; 0: none
+
+    # Optimization: SGD.
+    config.batch_size = 64
+    config.num_epochs = 300
+    config.num_steps = placeholder(int)  # stop after this many steps, whatever num_epochs says
+    config.learning_rate = 0.025
+    config.decay_epochs = (150, 180, 210)  # after each of these, the rate falls
+    config.decay_factor = 0.1  # to this fraction
+    config.momentum = 0.9
+    config.nesterov = False
+    config.weight_decay = 5e-4  # added to the gradient, of every parameter
+
+    # The run.
+    config.seed = 0
+    config.dtype = "float32"  # of the networks' arithmetic: "float32" or "bfloat16"; parameters and losses stay float32
+    config.log_every = 50  # steps; training metrics are means over so many
+    config.eval_epochs = 1.0  # epochs from one evaluation to the next
+    config.eval_batch_size = 500
+    config.checkpoint_seconds = 60.0  # from one checkpoint to the next; the end and SIGTERM save too
+    config.compare = False  # also train the teacher (where no checkpoint is named) and the student alone
+    config.smoke = False  # a few steps on a few random images, to see that everything fits together
+
+    return config.lock()

@@ -1,0 +1,52 @@
+"""A teacher, its student alone, and its student distilled, side by side."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rkd_jax import evaluate, experiment, train
+
+
+def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Trains a student's teacher, the student alone and the student distilled, prints a table, returns its rows.
+
+    Under `workdir`: teacher/ (unless the config names a checkpoint), alone/ (cross-entropy on the same views, epochs
+    and seed) and distilled/. Each is a run of its own, and goes on where it was interrupted.
+    """
+    workdir, rows = Path(workdir), []
+    config = config.copy_and_resolve_references()
+    config.compare = False
+    if config.teacher_checkpoint:
+        result = evaluate.evaluate(config, config.teacher_checkpoint)
+        rows.append({"role": "teacher", "network": result["network"], "method": "as given", "last": result, **result})
+    else:
+        summary = train.train_and_evaluate(experiment.alone(config, config.teacher), workdir / "teacher")
+        rows.append({"role": "teacher", "network": config.teacher, "method": "cross_entropy", **summary})
+        config.teacher_checkpoint = str(workdir / "teacher" / "last")
+    summary = train.train_and_evaluate(experiment.alone(config, config.student), workdir / "alone")
+    rows.append({"role": "student alone", "network": config.student, "method": "cross_entropy", **summary})
+    summary = train.train_and_evaluate(config, workdir / "distilled")
+    rows.append({"role": "student distilled", "network": config.student, "method": config.method, **summary})
+    print("\n" + table(rows))
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `compare` as text: accuracies of the last and of the best epoch, parameters, seconds of training."""
+    cells = [["", "network", "trained by", "parameters", "top-1 last %", "best %", "seconds"]]
+    for row in rows:
+        best, seconds = row.get("best"), row.get("seconds")
+        cells.append([
+            row["role"], row["network"], row["method"], f"{row['parameters']:,}", f"{row['last']['top1']:.2f}",
+            f"{best['top1']:.2f}" if best else "", f"{seconds:.0f}" if seconds is not None else "",
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if i < 3 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in cells
+    ]
+    return "\n".join(line.rstrip() for line in [lines[0], "-" * len(lines[0]), *lines[1:]])

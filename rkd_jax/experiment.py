@@ -1,0 +1,201 @@
+"""From a config to everything that a run is made of: where bad input is found, before anything is spent on it."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from rkd_jax import checkpoint, data, methods, models, optim, steps
+
+VIEWS = {"weak": ("weak",), "strong": ("strong",), "both": ("weak", "strong")}
+SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_every": 2, "eval_batch_size": 16}
+
+
+class Loop(NamedTuple):
+    """When the training loop does what; all in steps but the last two."""
+
+    num_steps: int
+    steps_per_epoch: int
+    log_every: int
+    eval_every: int
+    eval_batch_size: int  # images
+    checkpoint_seconds: float
+
+
+class Experiment(NamedTuple):
+    """A run, ready to start."""
+
+    config: dict[str, Any]  # every field with the value used, plain JSON; of the methods' fields, the chosen one's
+    splits: data.Splits
+    student: nn.Module
+    teacher: nn.Module | None
+    teacher_variables: Any
+    method: methods.Distiller
+    recipe: steps.Recipe
+    loop: Loop
+    schedule: optax.Schedule
+    tx: optax.GradientTransformation
+
+
+class Fields:
+    """A config that remembers what was read of it: a field that nobody reads is an error, and one that it lacks too."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self._config = dict(config)
+        self._read: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._config:
+            raise ValueError(f"the config lacks the field {name!r}; start from configs/default.py, which has it")
+        self._read.add(name)
+        return self._config[name]
+
+    def one_of(self, name: str, choices: Mapping[str, Any] | tuple[str, ...]) -> str:
+        """The value of a field that names one of a few choices."""
+        if (value := getattr(self, name)) not in choices:
+            raise ValueError(f"config.{name}={value!r} is none of {', '.join(map(repr, choices))}")
+        return value
+
+    def at_least(self, name: str, least: float) -> Any:
+        """The value of a number that must not be below `least`."""
+        if (value := getattr(self, name)) < least:
+            raise ValueError(f"config.{name}={value} is too low; take {least} or more")
+        return value
+
+    def check_all_read(self) -> None:
+        """ValueError where a field was not read."""
+        for name in sorted(set(self._config) - self._read):
+            near = difflib.get_close_matches(name, self._read, n=1)
+            raise ValueError(f"config.{name} is read by nothing" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def build(config: ConfigDict) -> Experiment:
+    """Loads and creates what the config names; ValueError or FileNotFoundError, naming the field, where it cannot."""
+    values = shrink(config)
+    fields = Fields(values)
+
+    method = _method(fields, values)
+    views = VIEWS[fields.one_of("views", VIEWS)]
+    dtype = jnp.dtype(fields.one_of("dtype", ("float32", "bfloat16")))
+    batch_size = fields.at_least("batch_size", 1)
+
+    splits = load_splits(fields)
+    num_train = len(splits.train.labels)
+    if batch_size > num_train:
+        raise ValueError(
+            f"config.batch_size={batch_size} exceeds the {num_train} training examples of {fields.dataset}; lower it "
+            "or raise config.num_train"
+        )
+    steps_per_epoch = num_train // batch_size
+    num_steps = fields.at_least("num_epochs", 1) * steps_per_epoch
+    if fields.num_steps is not None:
+        num_steps = fields.at_least("num_steps", 1)
+
+    student = models.create(fields.student, splits.num_classes, dtype, splits.train.images.shape[1], "config.student")
+    teacher, teacher_variables, metadata = _teacher(fields, splits, method, dtype)
+    schedule = optim.create_schedule(fields.learning_rate, fields.decay_epochs, fields.decay_factor, steps_per_epoch)
+    tx = optim.create_optimizer(schedule, fields.momentum, fields.weight_decay, fields.nesterov)
+    recipe = steps.Recipe(
+        views=views,
+        view_reduction=fields.one_of("view_reduction", ("sum", "mean")),
+        augmentation={"padding": fields.crop_padding, "flip": fields.flip, "rotation": fields.rotation},
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        student_normalization=steps.Normalization(splits.mean, splits.std),
+        teacher_normalization=steps.Normalization(tuple(metadata["mean"]), tuple(metadata["std"])) if teacher else None,
+    )
+    loop = Loop(
+        num_steps=num_steps,
+        steps_per_epoch=steps_per_epoch,
+        log_every=fields.at_least("log_every", 1),
+        eval_every=max(1, round(fields.eval_epochs * steps_per_epoch)),
+        eval_batch_size=fields.at_least("eval_batch_size", 1),
+        checkpoint_seconds=fields.at_least("checkpoint_seconds", 0),
+    )
+    _ = fields.seed, fields.smoke, fields.compare
+    fields.check_all_read()
+
+    resolved = {name: value for name, value in values.items() if name not in _method_fields(values)}
+    resolved |= methods.hyperparameters(method) | {"teacher_fingerprint": metadata.get("fingerprint", "")}
+    resolved = json.loads(json.dumps(resolved))
+    return Experiment(
+        resolved, splits, student, teacher, teacher_variables, method, recipe, loop, schedule, method.wrap_optimizer(tx)
+    )
+
+
+def shrink(config: ConfigDict) -> dict[str, Any]:
+    """The config's fields, with config.smoke made so small that a run takes seconds."""
+    return config.to_dict() | (SMOKE if config.get("smoke") else {})
+
+
+def alone(config: ConfigDict, network: str) -> ConfigDict:
+    """The same run with no teacher: cross-entropy for one network, on the same views and epochs."""
+    copy = config.copy_and_resolve_references()
+    with copy.unlocked():
+        for name in methods.fields():
+            copy[name] = None
+        copy.update(method="cross_entropy", student=network, teacher="", teacher_checkpoint="", compare=False)
+    return copy
+
+
+def _method_fields(values: Mapping[str, Any]) -> set[str]:
+    own = [values["method"]] if ":" in values["method"] else []
+    return set(values) & set(methods.fields(*own))
+
+
+def _method(fields: Fields, values: Mapping[str, Any]) -> methods.Distiller:
+    name = fields.method
+    given = {field: getattr(fields, field) for field in _method_fields(values)}
+    return methods.resolve(name, given, fields.dataset, fields.teacher, fields.student)
+
+
+def load_splits(fields: Fields) -> data.Splits:
+    """The data set that the fields name; random images of its form under config.smoke."""
+    name, data_dir, image_size = fields.dataset, fields.data_dir, fields.image_size
+    num_train, num_test = fields.num_train, fields.num_test
+    if fields.smoke:
+        return data.random(name, num_train, num_test, image_size, data_dir)
+    return data.load(name, data_dir, num_train, num_test, image_size)
+
+
+def _teacher(
+    fields: Fields, splits: data.Splits, method: methods.Distiller, dtype: Any
+) -> tuple[nn.Module | None, Any, dict[str, Any]]:
+    """The teacher, its variables, its metadata; (None, None, {}) for a method that needs none."""
+    name, path = fields.teacher, fields.teacher_checkpoint
+    if not method.needs_teacher:
+        return None, None, {}
+    teacher = models.create(name, splits.num_classes, dtype, splits.train.images.shape[1], "config.teacher")
+    if fields.smoke and not path:  # an untrained one will do
+        images = jnp.zeros((1, *splits.train.images.shape[1:]))
+        variables = jax.jit(teacher.init)(jax.random.key(0), images)
+        return teacher, variables, {"mean": splits.mean, "std": splits.std}
+    canonical = models.resolve(name, splits.train.images.shape[1], "config.teacher")
+    variables, metadata = checkpoint.load_network(path, canonical, splits.num_classes)
+    check_variables(teacher, variables, splits.train.images.shape[1:], "config.teacher_checkpoint")
+    return teacher, variables, metadata
+
+
+def check_variables(network: nn.Module, variables: Any, image_shape: tuple[int, ...], field: str) -> None:
+    """ValueError, naming the first difference, where the arrays are not those that the network has for such images."""
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    expected = jax.eval_shape(network.init, jax.random.key(0), images)
+    shapes = [
+        {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (expected, variables)
+    ]
+    for name in sorted(set(shapes[0]) | set(shapes[1])):
+        want, have = (side.get(name, "nothing") for side in shapes)
+        if want != have:
+            raise ValueError(
+                f"{field} does not fit the network on images of {image_shape}: {name} is {have} in the checkpoint and "
+                f"{want} in the network"
+            )

@@ -1,0 +1,94 @@
+"""Where a run's numbers go: the console, `metrics.jsonl`, and TensorBoard event files. None of it needs TensorFlow."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+TIMES = ("images_per_second",)  # the only numbers that two identical runs do not share
+
+
+class Writer:
+    """Writes metrics of a run that starts, or goes on, at `step`: what was written beyond it is cut off."""
+
+    def __init__(self, workdir: str | os.PathLike, step: int, num_steps: int, steps_per_epoch: int, batch_size: int):
+        path = Path(workdir) / "metrics.jsonl"
+        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        fresh = path.with_suffix(".new")
+        fresh.write_text("".join(kept))
+        fresh.replace(path)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1 if step else None)
+        self._steps_per_epoch = steps_per_epoch
+        self._num_steps = num_steps
+        self._batch_size = batch_size
+        # disable=None: a bar on a terminal, none in a file.
+        self._bar = tqdm(total=num_steps, initial=step, unit="step", disable=None, dynamic_ncols=True, leave=False)
+
+    def advance(self, steps: int = 1) -> None:
+        """Moves the progress bar."""
+        self._bar.update(steps)
+
+    def write(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
+        """Writes the metrics as of `step`, of one kind: "train" or "test"."""
+        epoch = step / self._steps_per_epoch
+        self._file.write(json.dumps({"step": step, "epoch": round(epoch, 4), "kind": kind, **metrics}) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+        shown = {name: value for name, value in metrics.items() if name not in TIMES}
+        line = f"{kind:5} step {step}/{self._num_steps} epoch {epoch:.2f} " + " ".join(
+            f"{name} {value:.4g}" if kind == "train" else f"{name} {value:.2f}" for name, value in shown.items()
+        )
+        if metrics.get("images_per_second"):
+            left = (self._num_steps - step) * self._batch_size / metrics["images_per_second"]
+            line += f" | {metrics['images_per_second']:.4g} images/s, {timedelta(seconds=round(left))} left"
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        """Prints a line above the progress bar."""
+        tqdm.write(line)
+
+    def close(self) -> None:
+        """Finishes the files."""
+        self._bar.close()
+        self._file.close()
+        self._board.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a JSON lines file; a last one that was cut short is left out."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+class Clock:
+    """The seconds that a run spends on training: without compiling, evaluating and saving."""
+
+    def __init__(self, seconds: float = 0.0):
+        self.seconds = seconds  # of training so far, interrupted runs included
+        self._mark: float | None = None
+        self._logged = (0, seconds)  # steps and seconds at the last log
+
+    def stop(self, step: int) -> None:
+        """The device has done `step` steps; the first of them, which compiles, is not counted."""
+        if self._mark is None:
+            self._logged = (step, self.seconds)
+        else:
+            self.seconds += time.monotonic() - self._mark
+
+    def start(self) -> None:
+        """Training goes on."""
+        self._mark = time.monotonic()
+
+    def rate(self, step: int) -> float:
+        """Steps per second since the last call; 0 where none was counted."""
+        steps, seconds = step - self._logged[0], self.seconds - self._logged[1]
+        self._logged = (step, self.seconds)
+        return steps / seconds if steps else 0.0

@@ -1,0 +1,59 @@
+"""What every test shares: where real data may lie, a compilation cache, and a run small enough for a test."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before jax is imported: the tests, their workers and child processes compile the same small programs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"rkd_jax_tests_{os.getuid()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import default
+from rkd_jax import checkpoint, data, models
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "data"  # real data, where this machine has it
+
+
+@pytest.fixture(scope="session")
+def real():
+    """The folder of real data; skips where there is none."""
+    if not REAL.is_dir():
+        pytest.skip(f"no real data at {REAL}")
+    return REAL
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """The folder of an untrained resnet8 for the digits."""
+    path = tmp_path_factory.mktemp("teacher") / "resnet8"
+    splits = data.load("digits")
+    network = models.create("resnet8", 10)
+    variables = jax.jit(network.init)(jax.random.key(7), jnp.zeros((1, 8, 8, 1)))
+    checkpoint.save_network(
+        path, variables, {"network": "resnet8", "num_classes": 10, "mean": splits.mean, "std": splits.std}
+    )
+    return path
+
+
+@pytest.fixture
+def tiny(teacher):
+    """Makes configs of a run of seconds: resnet8 > resnet8 on 64 digits, 12 steps of 8 (8 steps an epoch)."""
+
+    def make(**fields):
+        config = default.get_config()
+        config.update(
+            dataset="digits", student="resnet8", teacher="resnet8", teacher_checkpoint=str(teacher), views="weak",
+            crop_padding=1, flip=False, num_train=64, num_test=40, batch_size=8, num_steps=12, log_every=3,
+            eval_batch_size=32, learning_rate=0.01,
+        )  # fmt: skip
+        config.update(fields)
+        return config
+
+    return make

@@ -1,0 +1,169 @@
+"""The training step and the evaluation step, apart from the loop."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rkd_jax import experiment, steps
+from rkd_jax.data import augment
+from rkd_jax.methods import base
+
+RNG = jax.random.key(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe(base.Distiller):
+    """Says what a method is given."""
+
+    def loss(self, params, state, student, teacher, batch, context):
+        return (
+            {"label": student.logits.mean() * 0 + 1.0, "rest": 2.0 * context.epoch},
+            state,
+            {"teacher": teacher.logits.mean(), "progress": context.progress, "index": batch["index"].sum()},
+        )
+
+
+def prepare(config, method=None):
+    run = experiment.build(config)
+    method = method or run.method
+    tx = method.wrap_optimizer(run.tx)
+    mesh = steps.data_mesh(run.recipe.batch_size)
+    images, labels = run.splits.train
+    state = steps.create_state(
+        RNG, run.student, run.teacher, run.teacher_variables, method, tx, images.shape[1:], len(labels)
+    )
+    inputs = steps.Inputs(RNG, jnp.asarray(images), jnp.asarray(labels), run.teacher_variables)
+    step = steps.make_train_step(run.student, run.teacher, method, tx, run.recipe, mesh)
+    return run, steps.replicate(state, mesh), steps.replicate(inputs, mesh), step
+
+
+def test_step_compiles_once_and_counts(tiny):
+    run, state, inputs, step = prepare(tiny(batch_size=8))
+    for i in range(10):  # over the end of an epoch
+        order = steps.epoch_order(RNG, i // run.loop.steps_per_epoch, 64)
+        state, metrics = step(state, inputs, order)
+        assert np.isfinite(metrics["loss"])
+    assert int(state.step) == 10
+    assert step._cache_size() == 1
+
+
+def test_epoch_visits_every_example_once(tiny):
+    _, state, inputs, step = prepare(tiny(), Probe())
+    order = steps.epoch_order(RNG, 0, 64)
+    assert sorted(order.tolist()) == list(range(64))
+    assert order.tolist() != steps.epoch_order(RNG, 1, 64).tolist()
+    seen = 0
+    for _ in range(8):
+        state, metrics = step(state, inputs, order)
+        seen += int(metrics["index"])
+    assert seen == sum(range(64))
+
+
+def test_method_is_given_its_place_in_the_run(tiny):
+    _, state, inputs, step = prepare(tiny(num_steps=16), Probe())
+    order = steps.epoch_order(RNG, 0, 64)
+    state, first = step(state, inputs, order)
+    _, second = step(state, inputs, order)
+    assert float(first["progress"]) == 0
+    assert float(second["progress"]) == 1 / 16
+    assert float(second["rest"]) == 2 * 1 / 8  # an epoch has 8 steps
+    assert float(second["loss"]) == 1 + 2 / 8
+
+
+def test_teacher_sees_the_same_view_with_its_own_normalisation(tiny):
+    config = tiny(crop_padding=0)
+    run, state, inputs, _ = prepare(config, Probe())
+    other = steps.Normalization((0.1,), (0.7,))
+    recipe = run.recipe._replace(teacher_normalization=other)
+    step = steps.make_train_step(run.student, run.teacher, Probe(), run.tx, recipe, steps.data_mesh(8))
+    order = steps.epoch_order(RNG, 0, 64)
+    state = steps.create_state(RNG, run.student, run.teacher, run.teacher_variables, Probe(), run.tx, (8, 8, 1), 64)
+    _, metrics = step(state, inputs, order)
+    images = augment.normalize(inputs.images[order[:8]], *other)
+    expected = run.teacher.apply(run.teacher_variables, images, train=False).logits.mean()
+    np.testing.assert_allclose(metrics["teacher"], expected, rtol=1e-5)
+
+
+def test_terms_are_summed_or_averaged_over_the_views(tiny):
+    found = {}
+    for reduction in ("sum", "mean"):
+        _, state, inputs, step = prepare(tiny(views="both", view_reduction=reduction))
+        _, metrics = step(state, inputs, steps.epoch_order(RNG, 0, 64))
+        found[reduction] = jax.device_get(metrics)
+    for name in ("loss", "label", "ranking"):
+        np.testing.assert_allclose(found["sum"][name], 2 * found["mean"][name], rtol=1e-5)
+    np.testing.assert_allclose(found["sum"]["accuracy"], found["mean"]["accuracy"])
+
+
+def test_student_updates_its_batch_statistics_per_view(tiny):
+    _, state, inputs, step = prepare(tiny(views="both", crop_padding=0, method="cross_entropy"))
+    before = jax.device_get(state.batch_stats)
+    after, _ = step(state, inputs, steps.epoch_order(RNG, 0, 64))
+    change = [
+        np.abs(a - b).max() for a, b in zip(jax.tree.leaves(after.batch_stats), jax.tree.leaves(before), strict=True)
+    ]
+    assert min(change) > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PerTerm(Probe):
+    """Leaves the student still, and hands the gradients per term to the optimizer, which keeps them."""
+
+    per_term_gradients = True
+
+    def loss(self, params, state, student, teacher, batch, context):
+        return {"label": student.logits.sum(), "a": 3 * student.logits.sum(), "b": student.embedding.sum()}, state, {}
+
+    def wrap_optimizer(self, tx):
+        import optax
+
+        def update(grads, state, params, *, term_grads):
+            total = jax.tree.map(jnp.add, term_grads["label"], term_grads["distill"])
+            return jax.tree.map(lambda g, t: jnp.abs(g - t).max() * jnp.ones_like(g), grads, total), term_grads
+
+        return optax.GradientTransformationExtraArgs(lambda params: {"label": params, "distill": params}, update)
+
+
+def test_gradients_per_term(tiny):
+    _, state, inputs, step = prepare(tiny(), PerTerm())
+    before = jax.device_get(state.params)
+    after, _ = step(state, inputs, steps.epoch_order(RNG, 0, 64))
+    jax.tree.map(np.testing.assert_array_equal, before, after.params)  # label and distill sum to the whole
+    label, distill = (after.opt_state[name]["student"] for name in ("label", "distill"))
+    # The classifier's bias: sums of logits of 8 images, once in the label term, three times in the others.
+    bias = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(label) if leaf.shape == (10,)]
+    np.testing.assert_allclose(bias[0], np.full(10, 8.0), rtol=1e-6)
+    bias = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(distill) if leaf.shape == (10,)]
+    np.testing.assert_allclose(bias[0], np.full(10, 24.0), rtol=1e-6)
+
+
+def test_first_bad_step_is_kept(tiny):
+    @dataclasses.dataclass(frozen=True)
+    class Bad(base.Distiller):
+        def loss(self, params, state, student, teacher, batch, context):
+            return {"label": jnp.where(context.step == 2, jnp.nan, 1.0) + 0 * student.logits.sum()}, state, {}
+
+    _, state, inputs, step = prepare(tiny(), Bad())
+    order = steps.epoch_order(RNG, 0, 64)
+    for _ in range(5):
+        state, _ = step(state, inputs, order)
+    assert int(state.bad_step) == 2
+
+
+@pytest.mark.parametrize("batch_size", [7, 40, 1000])
+def test_evaluation_equals_numpy(tiny, batch_size):
+    run = experiment.build(tiny(num_test=90))
+    variables = run.teacher_variables
+    normalization = run.recipe.student_normalization
+    result = steps.evaluate(steps.make_eval_step(run.teacher, normalization), variables, *run.splits.test, batch_size)
+    images = augment.normalize(jnp.asarray(run.splits.test.images), *normalization)
+    logits = np.asarray(run.teacher.apply(variables, images, train=False).logits, np.float64)
+    labels = run.splits.test.labels
+    order = np.argsort(-logits, axis=1)
+    assert result["top1"] == pytest.approx(100 * (order[:, 0] == labels).mean())
+    assert result["top5"] == pytest.approx(100 * (order[:, :5] == labels[:, None]).any(1).mean())
+    log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    assert result["loss"] == pytest.approx(-log_p[np.arange(90), labels].mean(), rel=1e-5)

@@ -1,0 +1,339 @@
+"""The loop: the recipe, resuming, and what stops a run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import ROOT
+
+from rkd_jax import checkpoint, evaluate, experiment, metrics, optim, steps, train
+
+
+def records(workdir):
+    """The lines of metrics.jsonl without the times, which two identical runs do not share."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in metrics.TIMES} for line in lines]
+
+
+def network(workdir, name="last"):
+    return checkpoint.load_network(workdir / name)[0]
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An uninterrupted run of `tiny`, made once."""
+    made = {}
+
+    def run(config):
+        if not made:
+            made["workdir"] = tmp_path_factory.mktemp("finished") / "run"
+            made["summary"] = train.train_and_evaluate(config, made["workdir"])
+        return made["workdir"], made["summary"]
+
+    return run
+
+
+def test_run_leaves_what_it_promises(tiny, finished):
+    workdir, summary = finished(tiny())
+    assert {"config.json", "metrics.jsonl", "summary.json", "best", "last", "tensorboard", "checkpoints"} <= {
+        path.name for path in workdir.iterdir()
+    }
+    assert list((workdir / "tensorboard").iterdir())
+    assert summary["last"]["step"] == 12
+    assert summary["best"]["top1"] >= summary["last"]["top1"]
+    assert summary["config"]["lam"] == 5.0  # resolved, though the config leaves it unset
+    assert "temperature" in summary["config"]
+    assert "gamma" not in summary["config"]
+    assert {"commit", "versions", "device", "date", "command"} <= set(summary)
+    lines = records(workdir)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 6, 9, 12]
+    assert [line["step"] for line in lines if line["kind"] == "test"] == [8, 12]
+    assert {"loss", "label", "ranking", "accuracy", "student_blocks", "teacher_blocks", "learning_rate"} <= set(
+        lines[0]
+    )
+
+
+def test_evaluation_agrees_to_the_digit(tiny, finished, capsys):
+    workdir, summary = finished(tiny())
+    results = {result["path"].rsplit("/", 1)[1]: result for result in evaluate.run(tiny(), workdir)}
+    for name in ("best", "last"):
+        assert {key: results[name][key] for key in ("step", "top1", "top5")} == {
+            key: summary[name][key] for key in ("step", "top1", "top5")
+        }
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_same_seed_same_bits_other_seed_others(tiny, finished, tmp_path):
+    workdir, _ = finished(tiny())
+    train.train_and_evaluate(tiny(), tmp_path / "again")
+    assert_same(network(workdir), network(tmp_path / "again"))
+    assert records(workdir) == records(tmp_path / "again")
+    train.train_and_evaluate(tiny(seed=1), tmp_path / "other")
+    assert records(workdir) != records(tmp_path / "other")
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+from ml_collections import ConfigDict
+from rkd_jax import steps, train
+real, calls = steps.accumulate, []
+def accumulate(totals, new):  # says how far the run is, so that it is killed in the middle
+    calls.append(1)
+    print("step", len(calls), flush=True)
+    return real(totals, new)
+steps.accumulate = accumulate
+train.train_and_evaluate(ConfigDict({config!r}), {workdir!r})
+"""
+
+
+def start(config, workdir):
+    script = SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), config=config.to_dict(), workdir=str(workdir))
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def wait_for_step(process, step):
+    for line in process.stdout:
+        if line.strip() == f"step {step}":
+            return
+    raise AssertionError(f"the run ended before step {step}")
+
+
+def test_run_killed_twice_ends_with_the_same_bits(tiny, finished, tmp_path):
+    workdir, _ = finished(tiny())
+    config = tiny(checkpoint_seconds=0.0)  # after every step
+    for steps_done in (5, 4):
+        process = start(config, tmp_path / "run")
+        wait_for_step(process, steps_done)
+        process.kill()
+        process.wait()
+    saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert 5 <= max(saved) < 12  # the second process went on where the first one was
+    train.train_and_evaluate(config, tmp_path / "run")
+    assert_same(network(workdir), network(tmp_path / "run"))
+    assert_same(network(workdir, "best"), network(tmp_path / "run", "best"))
+    assert records(workdir) == records(tmp_path / "run")
+
+
+def test_sigterm_saves_first(tiny, finished, tmp_path, monkeypatch, capsys):
+    workdir, _ = finished(tiny())
+    real, calls = steps.accumulate, []
+
+    def accumulate(totals, new):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(totals, new)
+
+    monkeypatch.setattr(steps, "accumulate", accumulate)
+    with pytest.raises(SystemExit) as stop:
+        train.train_and_evaluate(tiny(), tmp_path / "run")
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert "saved at step 5" in capsys.readouterr().out
+    train.train_and_evaluate(tiny(), tmp_path / "run")
+    assert len(calls) == 12  # none done twice
+    assert_same(network(workdir), network(tmp_path / "run"))
+    assert records(workdir) == records(tmp_path / "run")
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog):
+    tree = {"a": np.arange(5000.0), "b": (np.int32(1), {})}
+    states = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    for step in (1, 2):
+        states.save(step, tree | {"b": (np.int32(step), {})}, {"note": step})
+    states.close()
+    files = [path for path in (tmp_path / "checkpoints" / "2" / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    states = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    state, progress = states.restore(tree)
+    assert progress == {"note": 1}
+    assert state["b"][0] == 1
+    assert str(tmp_path / "checkpoints" / "2") in caplog.text
+    assert "damaged" in caplog.text
+    states.save(2, tree, {"note": "again"})  # its place is free
+    states.close()
+
+
+@pytest.mark.parametrize("damage", ["cut", "lost"])
+def test_checkpoint_cut_short_or_with_a_lost_file(tmp_path, damage, caplog):
+    tree = {"a": np.random.default_rng(0).normal(size=50_000)}
+    states = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    for step in (1, 2):
+        states.save(step, tree, {"note": step})
+    states.close()
+    files = [path for path in (tmp_path / "checkpoints" / "2" / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    if damage == "cut":
+        largest.write_bytes(largest.read_bytes()[:100])
+    else:
+        largest.unlink()
+    states = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    assert states.restore(tree)[1] == {"note": 1}
+    states.close()
+
+
+def test_loss_that_is_not_finite_stops_and_names_the_step(tiny, tmp_path):
+    config = tiny(learning_rate=1e18, checkpoint_seconds=0.0, num_steps=40, method="cross_entropy")
+    with pytest.raises(FloatingPointError, match=r"step \d+ is not finite") as stop:
+        train.train_and_evaluate(config, tmp_path / "run")
+    bad = int(str(stop.value).split("step ")[1].split()[0])
+    kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
+    assert kept[-1] == bad  # the state after `bad` steps, before the bad one
+
+
+def test_workdir_of_another_config_is_refused(tiny, finished):
+    workdir, _ = finished(tiny())
+    before = (workdir / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"config.lam: 5.0 there, 2.0 here"):
+        train.train_and_evaluate(tiny(lam=2.0), workdir)
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_workdir_that_cannot_be_written(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot be written.*name another"):
+        train.train_and_evaluate(tiny(), tmp_path / "file" / "run")
+
+
+def test_finished_run_is_not_run_again(tiny, finished, capsys):
+    workdir, summary = finished(tiny())
+    began = time.time()
+    assert train.train_and_evaluate(tiny(), workdir) == summary
+    assert "finished" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").stat().st_mtime < began
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 65}, "config.batch_size=65 exceeds the 64 training examples of digits"),
+        ({"batch_size": 0}, "config.batch_size=0 is too low"),
+        ({"method": "rankin_alignment"}, "did you mean 'ranking_alignment'"),
+        ({"student": "resnet9"}, "config.student='resnet9'.*resnet"),
+        ({"teacher": "resnet9"}, "config.teacher='resnet9'.*resnet"),
+        ({"dataset": "digit"}, "did you mean 'digits'"),
+        ({"views": "stron"}, "config.views='stron' is none of"),
+        ({"view_reduction": "max"}, "config.view_reduction='max' is none of"),
+        ({"dtype": "float16"}, "config.dtype='float16' is none of"),
+        ({"method": "cross_entropy", "lam": 3.0}, "config.lam=3.0 is set, but method 'cross_entropy' does not read it"),
+        ({"teacher": "resnet20"}, "config.teacher_checkpoint=.* holds a resnet8, not a resnet20"),
+        ({"num_steps": 0}, "config.num_steps=0 is too low"),
+    ],
+)
+def test_bad_field_is_named_before_anything_is_written(tiny, tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        train.train_and_evaluate(tiny(**fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_misspelt_field_suggests_the_right_one(tiny):
+    config = tiny()
+    with pytest.raises(AttributeError, match='Did you mean "learning_rate"'):
+        config.lerning_rate = 0.1
+    with config.unlocked():
+        config.lerning_rate = 0.1
+    with pytest.raises(ValueError, match=r"config.lerning_rate is read by nothing; did you mean 'learning_rate'"):
+        experiment.build(config)
+    with config.unlocked():
+        del config.lerning_rate
+        del config.momentum
+    with pytest.raises(ValueError, match="lacks the field 'momentum'"):
+        experiment.build(config)
+
+
+def test_teacher_that_is_not_there(tiny, tmp_path):
+    for path in ("", str(tmp_path / "none")):
+        with pytest.raises(FileNotFoundError, match=r"config.teacher_checkpoint.*rkd_jax.convert"):
+            experiment.build(tiny(teacher_checkpoint=path))
+
+
+def test_teacher_of_other_classes_or_shapes(tiny, teacher, tmp_path):
+    variables, metadata = checkpoint.load_network(teacher)
+    checkpoint.save_network(tmp_path / "classes", variables, metadata | {"num_classes": 7})
+    with pytest.raises(ValueError, match="7 classes, the data set has 10"):
+        experiment.build(tiny(teacher_checkpoint=str(tmp_path / "classes")))
+    name = next(iter(variables["params"]))
+    short = variables | {"params": {k: v for k, v in variables["params"].items() if k != name}}
+    checkpoint.save_network(tmp_path / "short", short, metadata)
+    with pytest.raises(ValueError, match=f"config.teacher_checkpoint does not fit.*{name}"):
+        experiment.build(tiny(teacher_checkpoint=str(tmp_path / "short")))
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "metadata"])
+def test_damaged_teacher(tiny, teacher, tmp_path, damage):
+    variables, metadata = checkpoint.load_network(teacher)
+    path = tmp_path / "teacher"
+    checkpoint.save_network(path, variables, metadata)
+    largest = max((p for p in (path / "variables").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    if damage == "cut":
+        largest.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+    else:
+        (path / "metadata.json").write_text('{"network": ')
+    with pytest.raises(ValueError, match=r"config.teacher_checkpoint.*damaged"):
+        experiment.build(tiny(teacher_checkpoint=str(path)))
+
+
+def test_schedule_is_the_papers():
+    schedule = optim.create_schedule(0.025, (150, 180, 210), 0.1, steps_per_epoch=10)
+    rates = [float(schedule(step)) for step in (0, 1499, 1500, 1799, 1800, 2099, 2100, 2999)]
+    np.testing.assert_allclose(rates, [0.025, 0.025, 2.5e-3, 2.5e-3, 2.5e-4, 2.5e-4, 2.5e-5, 2.5e-5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, False), (0.9, True), (0.0, False)])
+def test_optimizer_equals_torch_sgd(momentum, nesterov):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    start, targets = rng.normal(size=5), rng.normal(size=(6, 5))
+    parameter = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
+    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=momentum, weight_decay=0.05, nesterov=nesterov)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3], 0.1)
+    tx = optim.create_optimizer(optim.create_schedule(0.1, (3,), 0.1, 1), momentum, 0.05, nesterov)
+    ours = jax.numpy.asarray(start, "float32")
+    state = tx.init(ours)
+    for target in targets:
+        optimizer.zero_grad()
+        ((parameter - torch.tensor(target, dtype=torch.float32)) ** 4).sum().backward()
+        optimizer.step()
+        scheduler.step()
+        grads = jax.grad(lambda p, t=target: ((p - t.astype("float32")) ** 4).sum())(ours)
+        updates, state = tx.update(grads, state, ours)
+        ours = optax.apply_updates(ours, updates)
+    np.testing.assert_allclose(ours, parameter.detach().numpy(), rtol=2e-5)
+
+
+def test_main_reports_a_users_error_in_one_sentence(tmp_path):
+    command = [
+        sys.executable,
+        "main.py",
+        "--config",
+        "configs/cifar100_res32x4_res8x4.py",
+        "--workdir",
+        str(tmp_path / "x"),
+    ]
+    result = subprocess.run(
+        [*command, f"--config.data_dir={tmp_path}", "--config.method=ranking_alinment"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert "Error: config.method='ranking_alinment' is no method; did you mean 'ranking_alignment'?" in result.stderr
