@@ -6,7 +6,7 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rkd_jax import evaluate, train
+from rkd_jax import evaluate, runs
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "A file of configs/.", lock_config=True)
@@ -22,7 +22,7 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     source = config_flags.get_config_filename(FLAGS["config"])
     workdir = WORKDIR.value or os.path.join("runs", os.path.splitext(os.path.basename(source))[0])
-    run = train.run if MODE.value == "train" else evaluate.run
+    run = runs.run if MODE.value == "train" else evaluate.run
     try:
         run(CONFIG.value, workdir)
     except (ValueError, OSError, FloatingPointError) as error:

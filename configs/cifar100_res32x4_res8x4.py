@@ -2,8 +2,7 @@
 
 The paper: teacher 79.42, student alone 72.50, with ranking alignment 77.97 (lambda 5, eps 1).
 
-    python main.py --config configs/cifar100_res32x4_res8x4.py --workdir runs/a --config.lam=5.0 \\
-        --config.teacher_checkpoint=TEACHER
+    python main.py --config configs/cifar100_res32x4_res8x4.py --config.teacher_checkpoint=TEACHER
 """
 
 from configs import default

@@ -2,7 +2,7 @@
 
 The paper: teacher 72.34, student alone 69.06, with ranking alignment 72.39 (lambda 5, eps 1).
 
-    python main.py --config configs/cifar100_res56_res20.py --workdir runs/a --config.teacher_checkpoint=TEACHER
+    python main.py --config configs/cifar100_res56_res20.py --config.teacher_checkpoint=TEACHER
 """
 
 from configs import default

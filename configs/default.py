@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.student = "resnet8x4"
     config.teacher = "resnet32x4"
     config.teacher_checkpoint = ""  # a folder from `python -m rkd_jax.convert`, or another run's WORKDIR/best
+    config.fold_teacher = False  # fold its batch norms into its convolutions: the same function, to rounding
 
     # Method: a file of rkd_jax/methods/, or "my_module:Class".
     config.method = "ranking_alignment"

@@ -1,5 +1,7 @@
 """Restores networks from disk and reports their accuracy."""
 
+import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from rkd_jax import checkpoint, experiment, models, steps
+from rkd_jax import checkpoint, experiment, models, steps, train
 
 
 def evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str, Any]:
@@ -36,7 +38,10 @@ def evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str, Any]:
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """What `python main.py --mode=eval` does: evaluates a network folder, or every network of a run's folder."""
+    """What `python main.py --mode=eval` does: evaluates a network folder, or the best and last networks of runs.
+
+    Prints a line for each, and writes them all, with command, commit, versions and device, to WORKDIR/evaluation.json.
+    """
     workdir = Path(workdir)
     paths = (
         [workdir]
@@ -61,5 +66,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]]:
         print(
             f"{path}: {result['network']}, {step}top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % "
             f"({result['images']:,} test images)"
+        )
+    with contextlib.suppress(PermissionError):  # a shared teacher may be read-only
+        (workdir / "evaluation.json").write_text(
+            json.dumps({"results": results, **train.provenance()}, indent=2) + "\n"
         )
     return results

@@ -81,7 +81,9 @@ def build(config: ConfigDict) -> Experiment:
     values = shrink(config)
     fields = Fields(values)
 
-    method = _method(fields, values)
+    method = create_method(config)
+    for name in _method_fields(values) | {"method"}:
+        getattr(fields, name)
     views = VIEWS[fields.one_of("views", VIEWS)]
     dtype = jnp.dtype(fields.one_of("dtype", ("float32", "bfloat16")))
     batch_size = fields.at_least("batch_size", 1)
@@ -151,10 +153,11 @@ def _method_fields(values: Mapping[str, Any]) -> set[str]:
     return set(values) & set(methods.fields(*own))
 
 
-def _method(fields: Fields, values: Mapping[str, Any]) -> methods.Distiller:
-    name = fields.method
-    given = {field: getattr(fields, field) for field in _method_fields(values)}
-    return methods.resolve(name, given, fields.dataset, fields.teacher, fields.student)
+def create_method(config: ConfigDict) -> methods.Distiller:
+    """The config's method, with its hyper-parameters as set, or as its authors use them for this data set and pair."""
+    fields = Fields(config.to_dict())
+    given = {name: config[name] for name in _method_fields(config)}
+    return methods.resolve(fields.method, given, fields.dataset, fields.teacher, fields.student)
 
 
 def load_splits(fields: Fields) -> data.Splits:
@@ -170,18 +173,32 @@ def _teacher(
     fields: Fields, splits: data.Splits, method: methods.Distiller, dtype: Any
 ) -> tuple[nn.Module | None, Any, dict[str, Any]]:
     """The teacher, its variables, its metadata; (None, None, {}) for a method that needs none."""
-    name, path = fields.teacher, fields.teacher_checkpoint
+    name, path, fold = fields.teacher, fields.teacher_checkpoint, fields.fold_teacher
     if not method.needs_teacher:
         return None, None, {}
     teacher = models.create(name, splits.num_classes, dtype, splits.train.images.shape[1], "config.teacher")
     if fields.smoke and not path:  # an untrained one will do
-        images = jnp.zeros((1, *splits.train.images.shape[1:]))
-        variables = jax.jit(teacher.init)(jax.random.key(0), images)
-        return teacher, variables, {"mean": splits.mean, "std": splits.std}
+        return teacher, untrained(teacher, splits.train.images.shape[1:]), {"mean": splits.mean, "std": splits.std}
     canonical = models.resolve(name, splits.train.images.shape[1], "config.teacher")
     variables, metadata = checkpoint.load_network(path, canonical, splits.num_classes)
     check_variables(teacher, variables, splits.train.images.shape[1:], "config.teacher_checkpoint")
+    if fold:
+        images = jax.ShapeDtypeStruct((1, *splits.train.images.shape[1:]), jnp.float32)
+        variables = models.fold(teacher, variables, images)
     return teacher, variables, metadata
+
+
+def untrained(network: nn.Module, image_shape: tuple[int, ...]) -> Any:
+    """Random variables of a network, without compiling its initialisation: for smoke runs."""
+    generator = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        if len(leaf.shape) > 1:
+            return generator.normal(0, (2 / np.prod(leaf.shape[:-1])) ** 0.5, leaf.shape).astype(leaf.dtype)
+        return np.full(leaf.shape, path[-1].key in ("scale", "var"), leaf.dtype)
+
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(network.init, jax.random.key(0), images))
 
 
 def check_variables(network: nn.Module, variables: Any, image_shape: tuple[int, ...], field: str) -> None:

@@ -239,15 +239,18 @@ def _is_one_block(values, eps):
     With c = (values - mean) / eps, a row is one block where the sum of its k largest c is at most k (n - k) / 2 for
     each k: c then lies in the centred permutahedron, and a projection is the identity on what lies inside. Set the
     largest c apart: the other N = n - 1 have mean -c_max / N, and by Cauchy and Schwarz the m largest of them exceed
-    that mean by no more than |d| sqrt(m (N - m) / N) in sum, d being their deviations: a bound on |d| for each m.
+    that mean by no more than |d| sqrt(m (N - m) / N) in sum, d being their deviations: a bound on |d| for each m,
+    ((m + 1) / 2 - c_max / N) sqrt(N (N - m) / m).
     """
     rest = values.shape[-1] - 1
     c = (values - jnp.mean(values, axis=-1, keepdims=True)) / eps
     top = jnp.max(c, axis=-1, keepdims=True)
     square = jnp.sum(c * c, axis=-1, keepdims=True) - top * top * ((rest + 1) / rest)
     m = np.arange(1, rest)
-    room = ((m + 1) / 2 - top / rest) * np.sqrt(rest * (rest - m) / m).astype(values.dtype)
-    fits = square <= jnp.min(room, axis=-1, keepdims=True, initial=jnp.inf) ** 2
+    # The least of the bounds is concave in c_max, so above its chord between c_max / N = 0 and 1 / 2.
+    bounds = np.sqrt(rest * (rest - m) / m) * ((m + 1) / 2 - np.array([[0.0], [0.5]]))
+    low, high = np.min(bounds, axis=-1, initial=rest).tolist()
+    fits = square <= (low + (high - low) * 2 / rest * top) ** 2
     return ((top <= rest / 2) & fits)[..., 0]
 
 
@@ -277,7 +280,8 @@ def _block_mean_by_loops(x, start, size):
     def mean(x, start, size):
         return jnp.broadcast_to(jnp.mean(x, axis=-1, keepdims=True), x.shape)
 
-    return lax.cond(jnp.all(size == x.shape[-1]), mean, _block_mean_by_pooling, x, start, size)
+    one_block = jnp.all(size[..., :1] == x.shape[-1])  # the first entry's block tells of the whole row
+    return lax.cond(one_block, mean, _block_mean_by_pooling, x, start, size)
 
 
 def _block_mean_by_pooling(x, start, size):

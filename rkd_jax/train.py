@@ -255,20 +255,3 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for each, handler in handlers.items():
             signal.signal(each, handler)
-
-
-def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
-    """What `python main.py` does: one run, or with config.compare, its teacher, its student alone and itself."""
-    if config.get("compare"):
-        from rkd_jax import compare
-
-        compare.compare(config, workdir)
-    else:
-        summary = train_and_evaluate(config, workdir)
-        for name in ("best", "last"):
-            print(report_line(name, summary[name]))
-
-
-def report_line(name: str, result: Mapping[str, Any]) -> str:
-    """One line about an evaluation."""
-    return f"{name:5} step {result['step']:,}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"

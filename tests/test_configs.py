@@ -2,11 +2,13 @@
 
 import importlib.util
 
+import jax
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from configs import default
-from rkd_jax import experiment, methods, train
+from rkd_jax import experiment, methods, steps, train
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
@@ -18,6 +20,29 @@ def load(path):
     return module
 
 
+def trace_step(run):
+    """Traces one whole step, forward and backward, at smoke size, without compiling it; returns its metrics' shapes."""
+    shape, rng = run.splits.train.images.shape[1:], jax.random.key(0)
+    state = jax.eval_shape(
+        lambda: steps.create_state(
+            rng,
+            run.student,
+            run.teacher,
+            run.teacher_variables,
+            run.method,
+            run.tx,
+            shape,
+            len(run.splits.train.labels),
+        )
+    )
+    mesh = steps.data_mesh(run.recipe.batch_size)
+    step = steps.make_train_step(run.student, run.teacher, run.method, run.tx, run.recipe, mesh)
+    inputs = steps.Inputs(rng, *run.splits.train, run.teacher_variables)
+    after, metrics = jax.eval_shape(step, state, inputs, np.zeros(len(run.splits.train.labels), np.int32))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    return metrics
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_config_builds(path):
     module = load(path)
@@ -26,7 +51,9 @@ def test_config_builds(path):
     run = experiment.build(config)
     assert run.loop.num_steps == experiment.SMOKE["num_steps"]
     assert run.method == methods.resolve(config.method, {}, config.dataset, config.teacher, config.student)
-    if path.stem not in ("default", "cross_entropy"):
+    metrics = trace_step(run)
+    assert metrics["loss"].shape == ()
+    if path.stem != "default":
         text = module.__doc__
         assert "python main.py" in text
         if path.stem != "digits":

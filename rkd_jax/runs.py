@@ -1,4 +1,4 @@
-"""A teacher, its student alone, and its student distilled, side by side."""
+"""What one command runs: a network, a chain of networks, or a comparison of a student with and without its teacher."""
 
 import os
 from pathlib import Path
@@ -7,6 +7,37 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rkd_jax import evaluate, experiment, train
+
+
+def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
+    """What `python main.py` does."""
+    if config.get("compare"):
+        compare(config, workdir)
+        return
+    summary = distil(config, workdir)
+    for name in ("best", "last"):
+        result = summary[name]
+        print(f"{name:4}  step {result['step']:,}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
+
+
+def distil(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
+    """One run, and for a method that goes through assistants (takd) the runs before it, in assistants/; its summary.
+
+    Each trained assistant is the next run's teacher. What is finished is not run again.
+    """
+    method = experiment.create_method(config)
+    if not hasattr(method, "links"):
+        return train.train_and_evaluate(config, workdir)
+    config = config.copy_and_resolve_references()
+    config.assistant = method.assistant
+    for teacher, student in method.links(config.teacher, config.student):
+        config.teacher, last = teacher, student == config.student
+        link = config.copy_and_resolve_references()
+        link.student = student
+        folder = Path(workdir) if last else Path(workdir) / "assistants" / student
+        summary = train.train_and_evaluate(link, folder)
+        config.teacher_checkpoint = str(folder / "last")
+    return summary
 
 
 def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -27,7 +58,7 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
         config.teacher_checkpoint = str(workdir / "teacher" / "last")
     summary = train.train_and_evaluate(experiment.alone(config, config.student), workdir / "alone")
     rows.append({"role": "student alone", "network": config.student, "method": "cross_entropy", **summary})
-    summary = train.train_and_evaluate(config, workdir / "distilled")
+    summary = distil(config, workdir / "distilled")
     rows.append({"role": "student distilled", "network": config.student, "method": config.method, **summary})
     print("\n" + table(rows))
     return rows

@@ -1,0 +1,21 @@
+"""What the Tiny-ImageNet configs share: the paper's recipe for 64x64 images, its Table 3.
+
+The paper does not state the augmentation. The default here is a crop of 64 from 8 pixels of padding, and a flip, as in
+CRLD; for DOT's, a rotation by up to 20 degrees and a flip: --config.rotation=20 --config.crop_padding=0.
+
+    python main.py --config configs/tinyimagenet.py --config.teacher_checkpoint=TEACHER
+"""
+
+from configs import default
+
+
+def get_config():
+    config = default.get_config()
+    config.dataset = "tiny_imagenet"
+    config.teacher = "ResNet18"
+    config.student = "MobileNetV2"
+    config.batch_size = 128
+    config.learning_rate = 0.05
+    config.num_epochs = 240
+    config.crop_padding = 8
+    return config

@@ -1,0 +1,37 @@
+"""What the README and the docs say: their Python runs, their commands and numbers are those of the project."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["distil", "rank"])
+def test_python_of_the_readme_runs(block):
+    result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    for line in result.stdout.strip().splitlines():
+        if line.startswith("1 - rho"):
+            assert line in README
+    losses = [float(value) for value in re.findall(r"^loss ([\d.]+)$", result.stdout, re.MULTILINE)]
+    assert "distil" not in block or losses[-1] < losses[0]
+
+
+def test_files_that_the_readme_names_exist():
+    for path in re.findall(r"\]\(([\w/.]+)\)", README) + re.findall(r"(configs/[\w/]+\.py)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_numbers_of_the_readme_are_those_of_results():
+    teacher = json.loads((ROOT / "results" / "resnet56_cifar100.json").read_text())["results"][0]
+    assert f"| {teacher['top1']:.2f} % ([results]" in README
+    rows = json.loads((ROOT / "results" / "soft_rank_cpu.json").read_text())["rows"]
+    for eps in (1.0, 0.1):
+        (row,) = (r for r in rows if r["classes"] == 200 and r["eps"] == eps and r["pass"] == "forward+backward")
+        assert f"| {row['ratio']['torchsort']:.1f} " in README

@@ -1,0 +1,111 @@
+"""What one command runs: comparisons, chains, data and networks of one's own; and training without TensorFlow."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from rkd_jax import data, evaluate, runs
+
+OWN = """
+from flax import linen as nn
+
+class Small(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.relu(nn.Conv(8, (3, 3), strides=2)(images))
+        return nn.Dense(self.num_classes)(x.mean((1, 2)))
+"""
+
+
+def test_comparison_trains_teacher_student_and_both(tiny, tmp_path, capsys):
+    rows = runs.compare(tiny(teacher_checkpoint="", compare=True, num_steps=4), tmp_path / "run")
+    assert [row["method"] for row in rows] == ["cross_entropy", "cross_entropy", "ranking_alignment"]
+    assert rows[2]["config"]["teacher_checkpoint"] == str(tmp_path / "run" / "teacher" / "last")
+    lines = capsys.readouterr().out.strip().splitlines()[-5:]
+    assert [line.split()[0] for line in lines[2:]] == ["teacher", "student", "student"]
+    for line, row in zip(lines[2:], rows, strict=True):
+        assert f"{row['last']['top1']:.2f}" in line
+        assert "77,754" in line
+    paths = [result["path"] for result in evaluate.run(tiny(), tmp_path / "run")]
+    assert len(paths) == 6  # best and last of three
+
+
+def test_comparison_evaluates_a_given_teacher(tiny, tmp_path):
+    rows = runs.compare(tiny(compare=True, num_steps=2), tmp_path / "run")
+    assert rows[0]["method"] == "as given"
+    assert 0 <= rows[0]["last"]["top1"] <= 100
+
+
+def test_takd_goes_through_its_assistants(tiny, tmp_path):
+    summary = runs.distil(tiny(method="takd", assistant="resnet14", num_steps=2), tmp_path / "run")
+    link = json.loads((tmp_path / "run" / "assistants" / "resnet14" / "summary.json").read_text())["config"]
+    assert (link["teacher"], link["student"]) == ("resnet8", "resnet14")
+    assert (summary["config"]["teacher"], summary["config"]["student"]) == ("resnet14", "resnet8")
+    assert summary["config"]["teacher_fingerprint"] != link["teacher_fingerprint"]
+    with pytest.raises(ValueError, match=r"config.assistant is not set"):
+        runs.distil(tiny(method="takd"), tmp_path / "none")
+
+
+def test_own_folder_and_own_network_distil(tiny, tmp_path, monkeypatch):
+    splits = data.load("digits")
+    for i in range(100):
+        image, label = splits.train.images[i, :, :, 0], splits.train.labels[i]
+        path = tmp_path / "images" / str(label)
+        path.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path / f"{i}.png")
+    (tmp_path / "own_network.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    fields = {"dataset": f"folder:{tmp_path / 'images'}", "image_size": 8, "num_train": None, "num_test": None}
+    fields |= {"num_steps": 3}
+    alone = {"method": "cross_entropy", "teacher": "", "teacher_checkpoint": "", "student": "own_network:Small"}
+    runs.distil(tiny(**fields, **alone), tmp_path / "teacher")
+    pair = {"teacher": "own_network:Small", "teacher_checkpoint": str(tmp_path / "teacher" / "best")}
+    summary = runs.distil(tiny(**fields, **pair), tmp_path / "student")
+    assert np.isfinite(summary["last"]["loss"])
+    summary = runs.distil(tiny(**fields | {"num_steps": 2}, **pair, student="own_network:Small"), tmp_path / "own")
+    assert summary["parameters"] == 3 * 3 * 8 + 8 + 8 * 10 + 10  # grey images
+
+
+def test_folded_teacher_gives_the_same_losses(tiny, tmp_path):
+    lines = []
+    for fold in (False, True):
+        runs.distil(tiny(num_steps=3, fold_teacher=fold), tmp_path / str(fold))
+        lines.append([json.loads(x) for x in (tmp_path / str(fold) / "metrics.jsonl").read_text().splitlines()])
+    assert lines[0][0]["ranking"] == pytest.approx(lines[1][0]["ranking"], rel=1e-4)
+
+
+def test_training_and_evaluating_never_import_tensorflow(tiny, tmp_path):
+    script = (
+        "import sys; sys.modules['tensorflow'] = None\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from ml_collections import ConfigDict\n"
+        "from rkd_jax import evaluate, runs\n"
+        f"config = ConfigDict({tiny(num_steps=2).to_dict()!r})\n"
+        f"runs.run(config, {str(tmp_path / 'run')!r}); evaluate.run(config, {str(tmp_path / 'run')!r})\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "top-1" in result.stdout
+
+
+def test_real_cifar100_trains_without_tensorflow(tiny, real, teacher, tmp_path):
+    script = (
+        "import sys; sys.modules['tensorflow'] = None\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from ml_collections import ConfigDict\n"
+        "from rkd_jax import runs\n"
+        f"runs.run(ConfigDict({{config!r}}), {str(tmp_path / 'run')!r})\n"
+    )
+    config = tiny(dataset="cifar100", data_dir=str(real / "tfds"), method="cross_entropy", teacher="", num_steps=2)
+    result = subprocess.run(
+        [sys.executable, "-c", script.format(config=config.to_dict())], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert "64 training and 40 test images" in result.stdout
