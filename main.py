@@ -9,10 +9,23 @@ from ml_collections import config_flags
 from rkd_jax import evaluate, runs
 
 FLAGS = flags.FLAGS
-CONFIG = config_flags.DEFINE_config_file("config", "configs/digits.py", "A file of configs/.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept, and resumed from. Default: runs/<config>.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; default: configs/digits.py.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept, and resumed from; default: runs/<config>.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or report the accuracy of what WORKDIR holds.")
 TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, print where in the code it arose too.")
+
+
+def parse_flags(argv):
+    """Parses the command line; a field that the config lacks, or a config that cannot be read, in one sentence."""
+    if not any(argument.lstrip("-").split("=")[0] == "config" for argument in argv):
+        argv = sys.argv = [argv[0], "--config=configs/digits.py", *argv[1:]]  # config_flags reads sys.argv
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # ml_collections' words come quoted, once for each of its layers
+        words = str(error).replace("\\n", ". ").replace("\\", "").strip("\"'")
+        sys.exit(f"Error: no such field of the config: {words.replace(chr(39), '')} (all fields: configs/default.py)")
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"Error: --config: {error}")
 
 
 def main(argv):
@@ -20,11 +33,10 @@ def main(argv):
     if len(argv) > 1:
         sys.exit(f"Error: {argv[1]!r} is no flag; write --config.FIELD=VALUE")
     logging.set_verbosity(logging.WARNING)
-    source = config_flags.get_config_filename(FLAGS["config"])
-    workdir = WORKDIR.value or os.path.join("runs", os.path.splitext(os.path.basename(source))[0])
+    name = os.path.basename(config_flags.get_config_filename(FLAGS["config"]))
     run = runs.run if MODE.value == "train" else evaluate.run
     try:
-        run(CONFIG.value, workdir)
+        run(CONFIG.value, WORKDIR.value or os.path.join("runs", os.path.splitext(name)[0]))
     except (ValueError, OSError, FloatingPointError) as error:
         if TRACEBACK.value:
             raise
@@ -32,4 +44,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -62,11 +62,11 @@ def save_network(path: str | os.PathLike, variables: Any, metadata: Mapping[str,
 
 def read_metadata(path: str | os.PathLike, field: str = "config.teacher_checkpoint") -> dict[str, Any]:
     """The metadata of a network folder; FileNotFoundError, naming the config's `field`, where there is none."""
-    path = Path(path)
-    if not (path / "metadata.json").is_file():
-        what = "is empty" if not path.name else f"{str(path)!r} holds no network (no metadata.json)"
+    given, path = str(path), Path(path)
+    if not given or not (path / "metadata.json").is_file():
+        what = " is not set" if not given else f"={given!r} holds no network (no metadata.json)"
         raise FileNotFoundError(
-            f"{field} {what}. Convert a PyTorch checkpoint with `python -m rkd_jax.convert --model NAME --checkpoint "
+            f"{field}{what}. Convert a PyTorch checkpoint with `python -m rkd_jax.convert --model NAME --checkpoint "
             "FILE --output DIR`, or train one with a config of configs/teachers/ and name its WORKDIR/best."
         )
     try:
@@ -90,8 +90,8 @@ def load_network(
       name, num_classes: what the caller expects; ValueError where the folder holds another.
       field: the config field that named the folder, for the errors.
     """
-    path = Path(path).absolute()
     metadata = read_metadata(path, field)
+    path = Path(path).absolute()
     if name is not None and metadata["network"].lower() != name.lower():
         raise ValueError(f"{field}={str(path)!r} holds a {metadata['network']}, not a {name}; name the right one")
     if num_classes is not None and metadata["num_classes"] != num_classes:

@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
     batch_stats: Any  # the student's
     opt_state: optax.OptState
     method_state: Any
-    bad_step: jax.Array  # int32: the first step whose loss was not finite; -1: none
+    bad_step: jax.Array  # int32: the first step whose loss or update was not finite; -1: none
 
 
 class Inputs(NamedTuple):
@@ -224,7 +224,8 @@ def make_train_step(
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         metrics = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
-        bad = (state.bad_step < 0) & ~jnp.isfinite(metrics["loss"])
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.global_norm(updates))
+        bad = (state.bad_step < 0) & ~finite
         state = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),

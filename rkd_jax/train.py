@@ -144,11 +144,11 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_finite(state: steps.TrainState, workdir: Path) -> None:
-    """FloatingPointError, naming the step, where a loss was NaN or infinite."""
+    """FloatingPointError, naming the step, where a loss or an update was NaN or infinite."""
     if (step := int(state.bad_step)) >= 0:
         raise FloatingPointError(
-            f"the loss of step {step} is not finite. Lower config.learning_rate (or the weight of the method's loss); "
-            f"the checkpoints in {workdir} are from before it"
+            f"the loss or the update of step {step} is not finite. Lower config.learning_rate, or the weight of the "
+            f"method's loss; the checkpoints in {workdir} are from before it"
         )
 
 

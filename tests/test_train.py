@@ -186,6 +186,12 @@ def test_checkpoint_cut_short_or_with_a_lost_file(tmp_path, damage, caplog):
     states.close()
 
 
+def abstract_state(config):
+    run = experiment.build(config)
+    state = (run.student, run.teacher, run.teacher_variables, run.method, run.tx)
+    return jax.eval_shape(lambda: steps.create_state(jax.random.key(0), *state, (8, 8, 1), 64))
+
+
 def test_loss_that_is_not_finite_stops_and_names_the_step(tiny, tmp_path):
     config = tiny(learning_rate=1e18, checkpoint_seconds=0.0, num_steps=40, method="cross_entropy")
     with pytest.raises(FloatingPointError, match=r"step \d+ is not finite") as stop:
@@ -193,6 +199,8 @@ def test_loss_that_is_not_finite_stops_and_names_the_step(tiny, tmp_path):
     bad = int(str(stop.value).split("step ")[1].split()[0])
     kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
     assert kept[-1] == bad  # the state after `bad` steps, before the bad one
+    restored, _ = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").restore(abstract_state(config))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
 
 
 def test_workdir_of_another_config_is_refused(tiny, finished):
@@ -256,8 +264,8 @@ def test_misspelt_field_suggests_the_right_one(tiny):
 
 
 def test_teacher_that_is_not_there(tiny, tmp_path):
-    for path in ("", str(tmp_path / "none")):
-        with pytest.raises(FileNotFoundError, match=r"config.teacher_checkpoint.*rkd_jax.convert"):
+    for path, message in (("", " is not set"), (str(tmp_path / "none"), "=.*none' holds no network")):
+        with pytest.raises(FileNotFoundError, match=f"config.teacher_checkpoint{message}.*rkd_jax.convert"):
             experiment.build(tiny(teacher_checkpoint=path))
 
 
@@ -319,21 +327,23 @@ def test_optimizer_equals_torch_sgd(momentum, nesterov):
     np.testing.assert_allclose(ours, parameter.detach().numpy(), rtol=2e-5)
 
 
-def test_main_reports_a_users_error_in_one_sentence(tmp_path):
-    command = [
-        sys.executable,
-        "main.py",
-        "--config",
-        "configs/cifar100_res32x4_res8x4.py",
-        "--workdir",
-        str(tmp_path / "x"),
-    ]
-    result = subprocess.run(
-        [*command, f"--config.data_dir={tmp_path}", "--config.method=ranking_alinment"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--config.method=ranking_alinment",
+            "config.method='ranking_alinment' is no method; did you mean 'ranking_alig",
+        ),
+        ("--config.lerning_rate=1", 'Did you mean "learning_rate"'),
+        ("--config.lam=much", "--config.lam=much"),
+        ("--config=configs/none.py", "configs/none.py"),
+        ("config.lam=1", "'config.lam=1' is no flag; write --config.FIELD=VALUE"),
+    ],
+)
+def test_main_reports_a_users_error_in_one_sentence(tmp_path, flag, message):
+    command = [sys.executable, "main.py", "--workdir", str(tmp_path / "run"), flag]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode != 0
     assert "Traceback" not in result.stderr
-    assert "Error: config.method='ranking_alinment' is no method; did you mean 'ranking_alignment'?" in result.stderr
+    assert message in result.stderr
+    assert not (tmp_path / "run").exists()
