@@ -1,6 +1,6 @@
 """Every method on scikit-learn's digits, a few seeds each: does each train, and what does a step cost? A toy.
 
-    python benchmarks/methods_digits.py --output results/methods_digits.json
+    python -m benchmarks.methods_digits --output results/methods_digits.json
 
 resnet20 > resnet8, both views, one teacher for all; 355 test images, so that one image is 0.28 points: the order of the
 methods here says nothing about their order on real images. Interrupted, it goes on where it was. The table goes into

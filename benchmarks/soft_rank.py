@@ -1,6 +1,6 @@
 """Speed of the soft-ranking operator beside its peers, all in one run.
 
-    python benchmarks/soft_rank.py --output results/soft_rank_cpu.json
+    python -m benchmarks.soft_rank --output results/soft_rank_cpu.json
 
 Peers: torchsort (on the device of JAX; one thread on a CPU), softjax (its fast_soft_sort with L2 regularisation), and a
 plain vmapped while loop (below). A peer that is not installed is skipped, by name. All of them compute the same ranks,
@@ -206,7 +206,7 @@ def conditions(flags, peers):
     packages += ["softjax"] if "softjax" in peers else []
     git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
-        "command": "python " + shlex.join(sys.argv),
+        "command": "python -m benchmarks.soft_rank " + shlex.join(sys.argv[1:]),
         "config": {"repeats": flags.repeats, "seconds": flags.seconds, "threads": 1},
         "seed": 0,
         "commit": git.stdout.strip(),

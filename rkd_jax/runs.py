@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rkd_jax import evaluate, experiment, train
+from rkd_jax import evaluate, experiment, models, train
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
@@ -49,6 +49,8 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
     workdir, rows = Path(workdir), []
     config = config.copy_and_resolve_references()
     config.compare = False
+    experiment.create_method(config)  # what is wrong about the last run is said before the first
+    models.resolve(config.student)
     if config.teacher_checkpoint:
         result = evaluate.evaluate(config, config.teacher_checkpoint)
         rows.append({"role": "teacher", "network": result["network"], "method": "as given", "last": result, **result})

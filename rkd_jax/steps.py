@@ -224,7 +224,9 @@ def make_train_step(
         )
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         metrics = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.global_norm(updates))
+        finite = jax.tree.reduce(
+            jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), (metrics["loss"], updates))
+        )
         bad = (state.bad_step < 0) & ~finite
         state = TrainState(
             step=state.step + 1,

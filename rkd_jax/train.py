@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
       SystemExit: SIGTERM or SIGINT came; the state is saved.
     """
     run = experiment.build(config)
+    mesh = steps.data_mesh(run.recipe.batch_size)
     workdir = Path(workdir)
     claim(workdir, run.config)
     if (workdir / "summary.json").exists():
@@ -45,7 +47,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         return json.loads((workdir / "summary.json").read_text())
 
     loop, (train, test) = run.loop, run.splits[:2]
-    mesh = steps.data_mesh(run.recipe.batch_size)
     rng = jax.random.key(run.config["seed"])
     state = steps.create_state(
         rng,
@@ -202,7 +203,7 @@ def provenance() -> dict[str, Any]:
     """What a result must name: command, commit, versions, device, date."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "commit": _commit(),
         "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
         "device": device_name(),

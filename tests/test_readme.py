@@ -35,3 +35,12 @@ def test_numbers_of_the_readme_are_those_of_results():
     for eps in (1.0, 0.1):
         (row,) = (r for r in rows if r["classes"] == 200 and r["eps"] == eps and r["pass"] == "forward+backward")
         assert f"| {row['ratio']['torchsort']:.1f} " in README
+
+
+def test_speeds_of_the_docs_are_those_of_results():
+    page = (ROOT / "docs" / "soft_ranking.md").read_text()
+    rows = json.loads((ROOT / "results" / "soft_rank_cpu.json").read_text())["rows"]
+    for row in (row for row in rows if row["pass"] == "forward+backward"):
+        ratios = " | ".join(f"{row['ratio'][peer]:.1f}" for peer in ("torchsort", "softjax", "while_loop"))
+        time = f"{row['microseconds']['rkd_jax']:.0f}"
+        assert f"| ({row['batch']}, {row['classes']}) | {row['eps']:g} | {time} | {ratios} |" in page
