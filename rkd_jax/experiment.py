@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rkd_jax import checkpoint, data, methods, models, optim, steps
@@ -42,6 +43,16 @@ class Experiment(NamedTuple):
     loop: Loop
     schedule: optax.Schedule
     tx: optax.GradientTransformation
+
+    def create_state(self, rng: jax.Array) -> steps.TrainState:
+        """The state before the first step."""
+        images, labels = self.splits.train
+        networks = self.student, self.teacher, self.teacher_variables
+        return steps.create_state(rng, *networks, self.method, self.tx, images.shape[1:], len(labels))
+
+    def make_train_step(self, mesh: Mesh) -> Callable:
+        """The jitted training step; see `steps.make_train_step`."""
+        return steps.make_train_step(self.student, self.teacher, self.method, self.tx, self.recipe, mesh)
 
 
 class Fields:

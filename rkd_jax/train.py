@@ -48,26 +48,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
 
     loop, (train, test) = run.loop, run.splits[:2]
     rng = jax.random.key(run.config["seed"])
-    state = steps.create_state(
-        rng,
-        run.student,
-        run.teacher,
-        run.teacher_variables,
-        run.method,
-        run.tx,
-        train.images.shape[1:],
-        len(train.labels),
-    )
+    state = run.create_state(rng)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    state, progress = checkpoints.restore(state) or (
-        state,
-        {"best": None, "last": None, "totals": None, "seconds": 0.0},
-    )
+    progress: dict[str, Any] = {"best": None, "last": None, "totals": {}, "seconds": 0.0}
+    state, progress = checkpoints.restore(state) or (state, progress)
     start, parameters = int(state.step), int(parameter_overview.count_parameters(state.params["student"]))
     state = steps.replicate(state, mesh)
-    totals = steps.replicate({k: np.float32(v) for k, v in (progress["totals"] or {}).items()}, mesh)
+    totals = steps.replicate({k: np.float32(v) for k, v in progress["totals"].items()}, mesh)
     inputs = steps.replicate(steps.Inputs(rng, train.images, train.labels, run.teacher_variables), mesh)
-    train_step = steps.make_train_step(run.student, run.teacher, run.method, run.tx, run.recipe, mesh)
+    train_step = run.make_train_step(mesh)
     eval_step = steps.make_eval_step(run.student, run.recipe.student_normalization)
 
     writer = Writer(workdir, start, loop.num_steps, loop.steps_per_epoch, run.recipe.batch_size)

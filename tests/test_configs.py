@@ -22,21 +22,9 @@ def load(path):
 
 def trace_step(run):
     """Traces one whole step, forward and backward, at smoke size, without compiling it; returns its metrics' shapes."""
-    shape, rng = run.splits.train.images.shape[1:], jax.random.key(0)
-    state = jax.eval_shape(
-        lambda: steps.create_state(
-            rng,
-            run.student,
-            run.teacher,
-            run.teacher_variables,
-            run.method,
-            run.tx,
-            shape,
-            len(run.splits.train.labels),
-        )
-    )
-    mesh = steps.data_mesh(run.recipe.batch_size)
-    step = steps.make_train_step(run.student, run.teacher, run.method, run.tx, run.recipe, mesh)
+    rng = jax.random.key(0)
+    state = jax.eval_shape(lambda: run.create_state(rng))
+    step = run.make_train_step(steps.data_mesh(run.recipe.batch_size))
     inputs = steps.Inputs(rng, *run.splits.train, run.teacher_variables)
     after, metrics = jax.eval_shape(step, state, inputs, np.zeros(len(run.splits.train.labels), np.int32))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)

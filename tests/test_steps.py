@@ -26,18 +26,14 @@ class Probe(base.Distiller):
         )
 
 
-def prepare(config, method=None):
+def prepare(config, method=None, **recipe):
     run = experiment.build(config)
-    method = method or run.method
-    tx = method.wrap_optimizer(run.tx)
+    if method:
+        run = run._replace(method=method, tx=method.wrap_optimizer(run.tx))
+    run = run._replace(recipe=run.recipe._replace(**recipe))
     mesh = steps.data_mesh(run.recipe.batch_size)
-    images, labels = run.splits.train
-    state = steps.create_state(
-        RNG, run.student, run.teacher, run.teacher_variables, method, tx, images.shape[1:], len(labels)
-    )
-    inputs = steps.Inputs(RNG, jnp.asarray(images), jnp.asarray(labels), run.teacher_variables)
-    step = steps.make_train_step(run.student, run.teacher, method, tx, run.recipe, mesh)
-    return run, steps.replicate(state, mesh), steps.replicate(inputs, mesh), step
+    inputs = steps.Inputs(RNG, *run.splits.train, run.teacher_variables)
+    return run, steps.replicate(run.create_state(RNG), mesh), steps.replicate(inputs, mesh), run.make_train_step(mesh)
 
 
 def test_step_compiles_once_and_counts(tiny):
@@ -74,13 +70,9 @@ def test_method_is_given_its_place_in_the_run(tiny):
 
 
 def test_teacher_sees_the_same_view_with_its_own_normalisation(tiny):
-    config = tiny(crop_padding=0)
-    run, state, inputs, _ = prepare(config, Probe())
     other = steps.Normalization((0.1,), (0.7,))
-    recipe = run.recipe._replace(teacher_normalization=other)
-    step = steps.make_train_step(run.student, run.teacher, Probe(), run.tx, recipe, steps.data_mesh(8))
+    run, state, inputs, step = prepare(tiny(crop_padding=0), Probe(), teacher_normalization=other)
     order = steps.epoch_order(RNG, 0, 64)
-    state = steps.create_state(RNG, run.student, run.teacher, run.teacher_variables, Probe(), run.tx, (8, 8, 1), 64)
     _, metrics = step(state, inputs, order)
     images = augment.normalize(inputs.images[order[:8]], *other)
     expected = run.teacher.apply(run.teacher_variables, images, train=False).logits.mean()

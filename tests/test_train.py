@@ -187,9 +187,7 @@ def test_checkpoint_cut_short_or_with_a_lost_file(tmp_path, damage, caplog):
 
 
 def abstract_state(config):
-    run = experiment.build(config)
-    state = (run.student, run.teacher, run.teacher_variables, run.method, run.tx)
-    return jax.eval_shape(lambda: steps.create_state(jax.random.key(0), *state, (8, 8, 1), 64))
+    return jax.eval_shape(lambda: experiment.build(config).create_state(jax.random.key(0)))
 
 
 def test_loss_that_is_not_finite_stops_and_names_the_step(tiny, tmp_path):
