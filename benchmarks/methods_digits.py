@@ -27,7 +27,7 @@ def main():
     """Runs what is missing, writes the JSON and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "methods_digits.json")
-    parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "methods_digits")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/methods_digits"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
     flags = parser.parse_args()

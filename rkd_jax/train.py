@@ -190,9 +190,11 @@ def device_name() -> str:
 
 def provenance() -> dict[str, Any]:
     """What a result must name: command, commit, versions, device, date."""
+    module = sys.modules["__main__"].__spec__  # None for a script
+    script = ["-m", module.name] if module else [os.path.relpath(sys.argv[0])]
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
-        "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join(["python", *script, *sys.argv[1:]]),
         "commit": _commit(),
         "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
         "device": device_name(),

@@ -44,3 +44,10 @@ def test_speeds_of_the_docs_are_those_of_results():
         ratios = " | ".join(f"{row['ratio'][peer]:.1f}" for peer in ("torchsort", "softjax", "while_loop"))
         time = f"{row['microseconds']['rkd_jax']:.0f}"
         assert f"| ({row['batch']}, {row['classes']}) | {row['eps']:g} | {time} | {ratios} |" in page
+
+
+def test_methods_table_of_the_docs_is_that_of_results():
+    from benchmarks import methods_digits
+
+    record = json.loads((ROOT / "results" / "methods_digits.json").read_text())
+    assert methods_digits.table(record) in (ROOT / "docs" / "methods.md").read_text()
