@@ -1,5 +1,6 @@
 """What one command runs: a network, a chain of networks, or a comparison of a student with and without its teacher."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
     """Trains a student's teacher, the student alone and the student distilled, prints a table, returns its rows.
 
     Under `workdir`: teacher/ (unless the config names a checkpoint), alone/ (cross-entropy on the same views, epochs
-    and seed) and distilled/. Each is a run of its own, and goes on where it was interrupted.
+    and seed) and distilled/. Each is a run of its own, and goes on where it was interrupted. The rows are in
+    comparison.json, too.
     """
     workdir, rows = Path(workdir), []
     config = config.copy_and_resolve_references()
@@ -62,6 +64,8 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
     rows.append({"role": "student alone", "network": config.student, "method": "cross_entropy", **summary})
     summary = distil(config, workdir / "distilled")
     rows.append({"role": "student distilled", "network": config.student, "method": config.method, **summary})
+    record = {"rows": rows, **train.provenance()}
+    (workdir / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
     print("\n" + table(rows))
     return rows
 

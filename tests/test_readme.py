@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from rkd_jax import runs
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -35,6 +37,10 @@ def test_numbers_of_the_readme_are_those_of_results():
     for eps in (1.0, 0.1):
         (row,) = (r for r in rows if r["classes"] == 200 and r["eps"] == eps and r["pass"] == "forward+backward")
         assert f"| {row['ratio']['torchsort']:.1f} " in README
+
+
+def test_digits_table_of_the_readme_is_that_of_results():
+    assert runs.table(json.loads((ROOT / "results" / "digits.json").read_text())["rows"]) in README
 
 
 def test_speeds_of_the_docs_are_those_of_results():

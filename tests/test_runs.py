@@ -29,6 +29,7 @@ def test_comparison_trains_teacher_student_and_both(tiny, tmp_path, capsys):
     rows = runs.compare(tiny(teacher_checkpoint="", compare=True, num_steps=4), tmp_path / "run")
     assert [row["method"] for row in rows] == ["cross_entropy", "cross_entropy", "ranking_alignment"]
     assert rows[2]["config"]["teacher_checkpoint"] == str(tmp_path / "run" / "teacher" / "last")
+    assert len(json.loads((tmp_path / "run" / "comparison.json").read_text())["rows"]) == 3
     lines = capsys.readouterr().out.strip().splitlines()[-5:]
     assert [line.split()[0] for line in lines[2:]] == ["teacher", "student", "student"]
     for line, row in zip(lines[2:], rows, strict=True):
