@@ -22,8 +22,6 @@ SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_
 class Loop(NamedTuple):
     """When the training loop does what; all in steps but the last two."""
 
-    num_steps: int
-    steps_per_epoch: int
     log_every: int
     eval_every: int
     eval_batch_size: int  # images
@@ -126,8 +124,6 @@ def build(config: ConfigDict) -> Experiment:
         teacher_normalization=steps.Normalization(tuple(metadata["mean"]), tuple(metadata["std"])) if teacher else None,
     )
     loop = Loop(
-        num_steps=num_steps,
-        steps_per_epoch=steps_per_epoch,
         log_every=fields.at_least("log_every", 1),
         eval_every=max(1, round(fields.eval_epochs * steps_per_epoch)),
         eval_batch_size=fields.at_least("eval_batch_size", 1),

@@ -46,7 +46,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         print(f"{workdir} holds this run, finished; nothing to do")
         return json.loads((workdir / "summary.json").read_text())
 
-    loop, (train, test) = run.loop, run.splits[:2]
+    loop, recipe, (train, test) = run.loop, run.recipe, run.splits[:2]
     rng = jax.random.key(run.config["seed"])
     state = run.create_state(rng)
     checkpoints = Checkpoints(workdir / "checkpoints")
@@ -59,20 +59,20 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     train_step = run.make_train_step(mesh)
     eval_step = steps.make_eval_step(run.student, run.recipe.student_normalization)
 
-    writer = Writer(workdir, start, loop.num_steps, loop.steps_per_epoch, run.recipe.batch_size)
+    writer = Writer(workdir, start, recipe.num_steps, recipe.steps_per_epoch, recipe.batch_size)
     writer.say(_headline(run, parameters, start))
     clock, saved, order = Clock(progress["seconds"]), time.monotonic(), None
     with _signals() as received, contextlib.closing(checkpoints), contextlib.closing(writer):
-        for step in range(start, loop.num_steps):
-            if order is None or step % loop.steps_per_epoch == 0:
-                order = steps.epoch_order(rng, step // loop.steps_per_epoch, len(train.labels))
+        for step in range(start, recipe.num_steps):
+            if order is None or step % recipe.steps_per_epoch == 0:
+                order = steps.epoch_order(rng, step // recipe.steps_per_epoch, len(train.labels))
                 order = steps.replicate(order, mesh)
             state, new = train_step(state, inputs, order)
             totals = steps.accumulate(totals, new)
             writer.advance()
 
             done = step + 1
-            last = done == loop.num_steps
+            last = done == recipe.num_steps
             log, evaluate = (last or done % every == 0 for every in (loop.log_every, loop.eval_every))
             save = last or received or time.monotonic() - saved >= loop.checkpoint_seconds
             if not (log or evaluate or save or step == start):
@@ -176,7 +176,7 @@ def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
         f"{config['student']} ({parameters:,} parameters) learns {config['dataset']}{teacher} by {config['method']}"
         + (f" ({with_fields})" if names else "")
         + f": {len(run.splits.train.labels):,} training and {len(run.splits.test.labels):,} test images, "
-        f"{run.loop.num_steps:,} steps of {run.recipe.batch_size}, seed {config['seed']}, on {device_name()}"
+        f"{run.recipe.num_steps:,} steps of {run.recipe.batch_size}, seed {config['seed']}, on {device_name()}"
         + (" | SMOKE: random images" if config["smoke"] else "")
         + (f" | goes on from step {start:,}" if start else "")
     )
@@ -216,12 +216,12 @@ def _commit() -> str | None:
 
 
 def _summary(run: experiment.Experiment, progress: Mapping[str, Any], parameters: int) -> dict[str, Any]:
-    images = run.loop.num_steps * run.recipe.batch_size
+    images = run.recipe.num_steps * run.recipe.batch_size
     return {
         "best": progress["best"],
         "last": progress["last"],
         "parameters": parameters,
-        "steps": run.loop.num_steps,
+        "steps": run.recipe.num_steps,
         "seconds": round(progress["seconds"], 1),
         "images_per_second": round(images / max(progress["seconds"], 1e-9), 1),
         **provenance(),

@@ -37,7 +37,7 @@ def test_config_builds(path):
     config = module.get_config()
     config.smoke = True
     run = experiment.build(config)
-    assert run.loop.num_steps == experiment.SMOKE["num_steps"]
+    assert run.recipe.num_steps == experiment.SMOKE["num_steps"]
     assert run.method == methods.resolve(config.method, {}, config.dataset, config.teacher, config.student)
     metrics = trace_step(run)
     assert metrics["loss"].shape == ()

@@ -39,7 +39,7 @@ def prepare(config, method=None, **recipe):
 def test_step_compiles_once_and_counts(tiny):
     run, state, inputs, step = prepare(tiny(batch_size=8))
     for i in range(10):  # over the end of an epoch
-        order = steps.epoch_order(RNG, i // run.loop.steps_per_epoch, 64)
+        order = steps.epoch_order(RNG, i // run.recipe.steps_per_epoch, 64)
         state, metrics = step(state, inputs, order)
         assert np.isfinite(metrics["loss"])
     assert int(state.step) == 10
