@@ -139,7 +139,16 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+        # One process writes, the others do not wait for it: see `rkd_jax.processes`.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(),
+            active_processes={jax.process_index()},
+            barrier_sync_key_prefix=f"checkpoints_{jax.process_index()}",
+        )
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=2, enable_async_checkpointing=True, create=False, multiprocessing_options=alone
+        )
+        self._folder.mkdir(parents=True, exist_ok=True)
         return ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, step: int, state: Any, progress: Mapping[str, Any]) -> None:
@@ -151,16 +160,20 @@ class Checkpoints:
             step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
         )
 
-    def restore(self, template: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest state that is whole, as host arrays, and its progress; None where there is none.
+    def steps(self) -> set[int]:
+        """The steps of which there is a state."""
+        return set(self._manager.all_steps())
+
+    def restore(self, template: Any, step: int | None = None) -> tuple[Any, dict[str, Any]] | None:
+        """The state of a step (None: the newest that is whole), as host arrays, and its progress; None: there is none.
 
         A damaged one is named in the log and set aside as damaged-STEP.
         """
         template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for there in sorted(self.steps(), reverse=True) if step is None else [step]:
             try:
                 found = self._manager.restore(
-                    step,
+                    there,
                     args=ocp.args.Composite(state=ocp.args.StandardRestore(template), record=ocp.args.JsonRestore()),
                 )
                 if _checksum(found.state) != found.record["checksum"]:
@@ -169,11 +182,17 @@ class Checkpoints:
             except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
                 logging.warning(
                     "checkpoint %s is damaged and set aside (%s); trying the one before it",
-                    self._folder / str(step),
+                    self._folder / str(there),
                     _first_line(error),
                 )
-                self._set_aside(step)
+                self._set_aside(there)
         return None
+
+    def drop_after(self, step: int) -> None:
+        """Deletes the states of later steps: the run goes on from this one."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
 
     def _set_aside(self, step: int) -> None:
         self._manager.close()

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from rkd_jax import checkpoint, data, methods, models, optim, steps
@@ -22,6 +21,7 @@ SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_
 class Loop(NamedTuple):
     """When the training loop does what; all in steps but the last two."""
 
+    steps_per_call: int
     log_every: int
     eval_every: int
     eval_batch_size: int  # images
@@ -42,15 +42,21 @@ class Experiment(NamedTuple):
     schedule: optax.Schedule
     tx: optax.GradientTransformation
 
+    @property
+    def learner(self) -> steps.Learner:
+        """What `steps.make_train_step` makes a student's part of the step from."""
+        return steps.Learner(self.student, self.method, self.tx, self.config["view_reduction"])
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the order and the augmentation of the images."""
+        return self.config["seed" if self.config["data_seed"] is None else "data_seed"]
+
     def create_state(self, rng: jax.Array) -> steps.TrainState:
         """The state before the first step."""
         images, labels = self.splits.train
         networks = self.student, self.teacher, self.teacher_variables
         return steps.create_state(rng, *networks, self.method, self.tx, images.shape[1:], len(labels))
-
-    def make_train_step(self, mesh: Mesh) -> Callable:
-        """The jitted training step; see `steps.make_train_step`."""
-        return steps.make_train_step(self.student, self.teacher, self.method, self.tx, self.recipe, mesh)
 
 
 class Fields:
@@ -115,7 +121,6 @@ def build(config: ConfigDict) -> Experiment:
     tx = optim.create_optimizer(schedule, fields.momentum, fields.weight_decay, fields.nesterov)
     recipe = steps.Recipe(
         views=views,
-        view_reduction=fields.one_of("view_reduction", ("sum", "mean")),
         augmentation={"padding": fields.crop_padding, "flip": fields.flip, "rotation": fields.rotation},
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
@@ -123,13 +128,19 @@ def build(config: ConfigDict) -> Experiment:
         student_normalization=steps.Normalization(splits.mean, splits.std),
         teacher_normalization=steps.Normalization(tuple(metadata["mean"]), tuple(metadata["std"])) if teacher else None,
     )
+    fields.one_of("view_reduction", ("sum", "mean"))
+    # XLA's convolutions on CPU are 20 times slower inside a loop.
+    default_steps_per_call = 1 if jax.default_backend() == "cpu" else 10
     loop = Loop(
+        steps_per_call=default_steps_per_call
+        if fields.steps_per_call is None
+        else fields.at_least("steps_per_call", 1),
         log_every=fields.at_least("log_every", 1),
         eval_every=max(1, round(fields.eval_epochs * steps_per_epoch)),
         eval_batch_size=fields.at_least("eval_batch_size", 1),
         checkpoint_seconds=fields.at_least("checkpoint_seconds", 0),
     )
-    _ = fields.seed, fields.smoke, fields.compare
+    _ = fields.seed, fields.data_seed, fields.stream, fields.smoke, fields.compare, fields.sweep
     fields.check_all_read()
 
     resolved = {name: value for name, value in values.items() if name not in _method_fields(values)}
@@ -151,7 +162,7 @@ def alone(config: ConfigDict, network: str) -> ConfigDict:
     with copy.unlocked():
         for name in methods.fields():
             copy[name] = None
-        copy.update(method="cross_entropy", student=network, teacher="", teacher_checkpoint="", compare=False)
+        copy.update(method="cross_entropy", student=network, teacher="", teacher_checkpoint="", compare=False, sweep="")
     return copy
 
 

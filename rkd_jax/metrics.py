@@ -16,7 +16,16 @@ TIMES = ("images_per_second",)  # the only numbers that two identical runs do no
 class Writer:
     """Writes metrics of a run that starts, or goes on, at `step`: what was written beyond it is cut off."""
 
-    def __init__(self, workdir: str | os.PathLike, step: int, num_steps: int, steps_per_epoch: int, batch_size: int):
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        step: int,
+        num_steps: int,
+        steps_per_epoch: int,
+        batch_size: int,
+        label: str = "",  # before each line on the console
+    ):
+        self._label = f"{label} | " if label else ""
         path = Path(workdir) / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
         fresh = path.with_suffix(".new")
@@ -27,11 +36,14 @@ class Writer:
         self._steps_per_epoch = steps_per_epoch
         self._num_steps = num_steps
         self._batch_size = batch_size
-        # disable=None: a bar on a terminal, none in a file.
-        self._bar = tqdm(total=num_steps, initial=step, unit="step", disable=None, dynamic_ncols=True, leave=False)
+        self._step = step
+        self._bar: tqdm | None = None
 
     def advance(self, steps: int = 1) -> None:
-        """Moves the progress bar."""
+        """Moves the progress bar: on a terminal, there is none in a file."""
+        if self._bar is None:
+            start = {"total": self._num_steps, "initial": self._step}
+            self._bar = tqdm(**start, unit="step", disable=None, dynamic_ncols=True, leave=False)
         self._bar.update(steps)
 
     def write(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
@@ -52,13 +64,30 @@ class Writer:
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
-        tqdm.write(line)
+        tqdm.write(self._label + line)
 
     def close(self) -> None:
         """Finishes the files."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
         self._file.close()
         self._board.close()
+
+
+class Silent:
+    """A Writer that writes nothing: that of the processes that do not lead."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Nothing."""
+
+    def write(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def say(self, line: str) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def _lines(path: Path) -> list[str]:

@@ -1,8 +1,9 @@
 """The training step and the evaluation step: pure functions, and the only place that jits training.
 
-One step: gather the batch from the set on the device, augment it into one image per view, apply the teacher to all
-views and the student to each, let the method make its loss, and update. All of it is a function of the state, the step
-number in it, and the run's key: nothing depends on where a run was interrupted.
+One step: gather the batch from the set on the device (or take the one that came from the host), augment it into one
+image per view, apply the teacher to all views and the student to each, let the method make its loss, and update. All of
+it is a function of the state, the step number in it, and the run's keys: nothing depends on where a run was
+interrupted. Several students may share a program: one batch, one set of views and one pass through the teacher.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,10 +38,19 @@ class TrainState(NamedTuple):
 class Inputs(NamedTuple):
     """What every step reads and none changes; on the device."""
 
-    rng: jax.Array  # the run's key
-    images: jax.Array  # [N, H, W, C] uint8: the whole training set
-    labels: jax.Array  # [N] int32
+    rng: jax.Array  # the key of the data: order and augmentation
+    rngs: tuple[jax.Array, ...]  # the key of each student: what its network and its method draw
+    images: jax.Array | None  # [N, H, W, C] uint8: the whole training set; None where batches come from the host
+    labels: jax.Array | None  # [N] int32
     teacher: Any  # the teacher's variables, or None
+
+
+class Batches(NamedTuple):
+    """The batches of one call, from the host."""
+
+    images: jax.Array  # [count, batch_size, H, W, C] uint8
+    labels: jax.Array  # [count, batch_size] int32
+    index: jax.Array  # [count, batch_size] int32: positions in the training set
 
 
 class Normalization(NamedTuple):
@@ -50,11 +60,19 @@ class Normalization(NamedTuple):
     std: tuple[float, ...]
 
 
+class Learner(NamedTuple):
+    """One student of a program, and how it learns."""
+
+    network: nn.Module
+    method: Distiller
+    tx: optax.GradientTransformation
+    view_reduction: str = "sum"  # or "mean" over the views, of each term
+
+
 class Recipe(NamedTuple):
-    """What a step is made of beside the networks and the method."""
+    """What a step is made of beside the networks and the methods: the same for all students of a program."""
 
     views: tuple[str, ...]  # of augment.view: ("weak",), ("strong",), ("weak", "strong")
-    view_reduction: str  # "sum" or "mean" over the views, of each term
     augmentation: dict[str, Any]  # options of augment.view
     batch_size: int
     steps_per_epoch: int
@@ -74,8 +92,18 @@ def data_mesh(batch_size: int) -> Mesh:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Copies a tree of host arrays to every device of the mesh."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    """Copies a tree of arrays, the same in every process, to every device of the mesh."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, whole)
+
+    def put(x):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(put(jax.random.key_data(x)))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, whole, lambda where: x[where])
+
+    return jax.tree.map(put, tree)
 
 
 def epoch_order(rng: jax.Array, epoch: int, num_examples: int) -> jax.Array:
@@ -121,13 +149,9 @@ def create_state(
 
 
 @jax.jit
-def _add(totals: dict[str, jax.Array], metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: totals.get(name, 0.0) + value for name, value in metrics.items()}
-
-
 def accumulate(totals: dict[str, jax.Array], metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Adds a step's metrics to the sums of the steps before it ({}: none), and 1 to "count"; on the device."""
-    return _add(totals, metrics | {"count": np.float32(1)})
+    """Adds the metrics of a call to the sums of the calls before it ({}: none); on the device."""
+    return {name: totals.get(name, 0.0) + value for name, value in metrics.items()}
 
 
 def _stack(outputs: Sequence[Outputs]) -> Outputs:
@@ -136,119 +160,154 @@ def _stack(outputs: Sequence[Outputs]) -> Outputs:
 
 
 def make_train_step(
-    student: nn.Module,
-    teacher: nn.Module | None,
-    method: Distiller,
-    tx: optax.GradientTransformation,
-    recipe: Recipe,
-    mesh: Mesh,
-) -> Callable[[TrainState, Inputs, jax.Array], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns step(state, inputs, order) -> (state, metrics); order is that of the state's epoch (epoch_order).
+    learners: Sequence[Learner], teacher: nn.Module | None, recipe: Recipe, mesh: Mesh
+) -> Callable[..., tuple[tuple[TrainState, ...], tuple[dict[str, jax.Array], ...]]]:
+    """Returns step(states, inputs, source, count=1) -> (states, metrics), `count` steps of every learner.
 
-    The state is donated. The metrics are scalars of this step: "loss", each of the method's terms and metrics, and
-    "accuracy", the student's top-1 on its augmented views.
+    There is one state and one dict of metrics a learner; all states are at the same step, and are donated. `source` is
+    the order of their epoch (`epoch_order`), which the steps must not leave, or Batches from the host. The metrics are
+    scalars, summed over the steps: "loss", each of the method's terms and metrics, "accuracy", the student's top-1 on
+    its augmented views, and "count", the number of steps.
     """
     split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    num_views = len(recipe.views)
 
-    def objective(params, state, inputs, batch, views, rng):
-        """The label term and the sum of the others, each reduced over the views, and everything else as auxiliary."""
-        stacked = jnp.concatenate(views)
-        teachers: list[Any] = [None] * len(views)
-        if method.needs_teacher:
-            normalized = augment.normalize(stacked, *recipe.teacher_normalization)
-            outputs = jax.lax.stop_gradient(teacher.apply(inputs.teacher, normalized, train=False))
-            teachers = [jax.tree.map(lambda x, i=i: jnp.split(x, len(views))[i], outputs) for i in range(len(views))]
-
-        students, batch_stats = [], state.batch_stats
-        for i, view in enumerate(views):
-            outputs, updated = student.apply(
-                {"params": params["student"], "batch_stats": batch_stats},
-                augment.normalize(view, *recipe.student_normalization),
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": jax.random.fold_in(rng, i)},
-            )
-            batch_stats = updated.get("batch_stats", {})
-            students.append(outputs)
-
-        def loss(method_state, student_outputs, teacher_outputs, i):
-            context = Context(
-                rng=jax.random.fold_in(rng, len(views) + i),
-                step=state.step,
-                epoch=state.step / recipe.steps_per_epoch,
-                progress=state.step / recipe.num_steps,
-            )
-            return method.loss(params["method"], method_state, student_outputs, teacher_outputs, batch, context)
-
-        method_state = state.method_state
-        if method.joint_views:
-            terms, method_state, metrics = loss(method_state, _stack(students), _stack(teachers), 0)
+    def train_step(states, inputs: Inputs, source):
+        if isinstance(source, Batches):
+            images, labels, index = source
         else:
-            parts = []
-            for i in range(len(views)):
-                terms, method_state, metrics = loss(method_state, students[i], teachers[i], i)
-                parts.append((terms, metrics))
-            scale = 1 / len(views)
-            weight = scale if recipe.view_reduction == "mean" else 1.0
-            terms = jax.tree.map(lambda *x: weight * sum(x), *(terms for terms, _ in parts))
-            metrics = jax.tree.map(lambda *x: scale * sum(x), *(metrics for _, metrics in parts))
-
-        label = terms.get("label", jnp.float32(0))
-        distill = sum((value for name, value in terms.items() if name != "label"), start=jnp.float32(0))
-        correct = jnp.stack([outputs.logits.argmax(-1) == batch["label"] for outputs in students])
-        metrics = {"loss": label + distill, **terms, **metrics, "accuracy": correct.mean()}
-        return (label, distill), (batch_stats, method_state, metrics)
-
-    def gradients(params, *arguments):
-        """The gradient of the loss, the optimizer's extra arguments, the auxiliary outputs."""
-        (label, _), pullback, auxiliary = jax.vjp(lambda p: objective(p, *arguments), params, has_aux=True)
-        one, zero = jnp.ones_like(label), jnp.zeros_like(label)
-        if not method.per_term_gradients:
-            return pullback((one, one))[0], {}, auxiliary
-        term_grads = {"label": pullback((one, zero))[0], "distill": pullback((zero, one))[0]}
-        return jax.tree.map(jnp.add, *term_grads.values()), {"term_grads": term_grads}, auxiliary
-
-    def train_step(state: TrainState, inputs: Inputs, order: jax.Array):
-        rng = jax.random.fold_in(jax.random.fold_in(inputs.rng, STEP), state.step)
-        start = (state.step % recipe.steps_per_epoch) * recipe.batch_size
-        index = jax.lax.dynamic_slice(order, (start,), (recipe.batch_size,))
-        index = jax.lax.with_sharding_constraint(index, split)
-        batch = {"label": inputs.labels[index], "index": index}
-        images = inputs.images[index]
+            start = (states[0].step % recipe.steps_per_epoch) * recipe.batch_size
+            index = jax.lax.dynamic_slice(source, (start,), (recipe.batch_size,))
+            index = jax.lax.with_sharding_constraint(index, split)
+            images, labels = inputs.images[index], inputs.labels[index]
+        rng = _step_rng(inputs.rng, states[0].step)
         views = [
             augment.view(name, jax.random.fold_in(rng, i), images, **recipe.augmentation)
             for i, name in enumerate(recipe.views)
         ]
-        grads, extra, (batch_stats, method_state, metrics) = gradients(
-            state.params, state, inputs, batch, views, jax.random.fold_in(rng, len(views))
-        )
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
-        metrics = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
-        finite = jax.tree.reduce(
-            jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), (metrics["loss"], updates))
-        )
-        bad = (state.bad_step < 0) & ~finite
-        state = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            method_state=method_state,
-            bad_step=jnp.where(bad, state.step, state.bad_step),
-        )
-        return state, metrics
+        teachers: list[Any] = [None] * num_views
+        if any(learner.method.needs_teacher for learner in learners):
+            normalized = augment.normalize(jnp.concatenate(views), *recipe.teacher_normalization)
+            outputs = jax.lax.stop_gradient(teacher.apply(inputs.teacher, normalized, train=False))
+            teachers = [jax.tree.map(lambda x, i=i: jnp.split(x, num_views)[i], outputs) for i in range(num_views)]
+        views = [augment.normalize(view, *recipe.student_normalization) for view in views]
+        batch = {"label": labels, "index": index}
+        pairs = [
+            _update(learner, recipe, state, _step_rng(key, state.step), batch, views, teachers)
+            for learner, state, key in zip(learners, states, inputs.rngs, strict=True)
+        ]
+        return tuple(state for state, _ in pairs), tuple(metrics for _, metrics in pairs)
 
-    return jax.jit(train_step, donate_argnums=0, in_shardings=whole, out_shardings=whole)
+    def train_steps(states: tuple[TrainState, ...], inputs: Inputs, source, count: int = 1):
+        streamed = isinstance(source, Batches)
+        if count == 1:  # not a scan of one: XLA's convolutions on CPU are slow in loops
+            return train_step(states, inputs, jax.tree.map(lambda x: x[0], source) if streamed else source)
+
+        def body(states, batch):
+            return train_step(states, inputs, batch if streamed else source)
+
+        states, metrics = jax.lax.scan(body, states, source if streamed else None, count)
+        return states, jax.tree.map(lambda x: x.sum(0), metrics)
+
+    return jax.jit(
+        train_steps, static_argnums=3, donate_argnums=0, in_shardings=(whole, whole, None), out_shardings=whole
+    )
 
 
-def make_eval_step(network: nn.Module, normalization: Normalization) -> Callable[..., dict[str, jax.Array]]:
+def _step_rng(rng: jax.Array, step: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(rng, STEP), step)
+
+
+def _update(
+    learner: Learner,
+    recipe: Recipe,
+    state: TrainState,
+    rng: jax.Array,
+    batch: dict[str, jax.Array],
+    views: Sequence[jax.Array],
+    teachers: Sequence[Outputs | None],
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One step of one student, from its normalised views and the teacher's outputs on them."""
+    method, num_views = learner.method, len(views)
+    rng = jax.random.fold_in(rng, num_views)
+    context = Context(
+        rng=rng,
+        step=state.step,
+        epoch=state.step / recipe.steps_per_epoch,
+        progress=state.step / recipe.num_steps,
+    )
+
+    def apply(params):
+        """The student's outputs on each view, and its batch statistics after the last."""
+        outputs, batch_stats = [], state.batch_stats
+        for i, view in enumerate(views):
+            variables = {"params": params["student"], "batch_stats": batch_stats}
+            rngs = {"dropout": jax.random.fold_in(rng, i)}
+            out, updated = learner.network.apply(variables, view, train=True, mutable=["batch_stats"], rngs=rngs)
+            batch_stats = updated.get("batch_stats", {})
+            outputs.append(out)
+        return outputs, batch_stats
+
+    def terms_of(params, method_state, student, target, i):
+        where = context._replace(rng=jax.random.fold_in(rng, num_views + i))
+        return method.loss(params["method"], method_state, student, target, batch, where)
+
+    def objective(params):
+        """The label term and the sum of the others, each reduced over the views, and everything else as auxiliary."""
+        students, batch_stats = apply(params)
+        method_state = state.method_state
+        if method.joint_views:
+            terms, method_state, metrics = terms_of(params, method_state, _stack(students), _stack(teachers), 0)
+        else:
+            parts = []
+            for i, (student, target) in enumerate(zip(students, teachers, strict=True)):
+                terms, method_state, metrics = terms_of(params, method_state, student, target, i)
+                parts.append((terms, metrics))
+            scale = 1 / num_views
+            weight = scale if learner.view_reduction == "mean" else 1.0
+            terms = jax.tree.map(lambda *x: weight * sum(x), *(terms for terms, _ in parts))
+            metrics = jax.tree.map(lambda *x: scale * sum(x), *(metrics for _, metrics in parts))
+        label = terms.get("label", jnp.float32(0))
+        distill = sum((value for name, value in terms.items() if name != "label"), start=jnp.float32(0))
+        correct = jnp.stack([outputs.logits.argmax(-1) == batch["label"] for outputs in students])
+        metrics = {"loss": label + distill, **terms, **metrics, "accuracy": correct.mean(), "count": 1.0}
+        return (label, distill), (batch_stats, method_state, metrics)
+
+    (label, _), pullback, (batch_stats, method_state, metrics) = jax.vjp(objective, state.params, has_aux=True)
+    one, zero, extra = jnp.ones_like(label), jnp.zeros_like(label), {}
+    if method.per_term_gradients:
+        extra["term_grads"] = {"label": pullback((one, zero))[0], "distill": pullback((zero, one))[0]}
+        grads = jax.tree.map(jnp.add, *extra["term_grads"].values())
+    else:
+        grads = pullback((one, one))[0]
+    updates, opt_state = learner.tx.update(grads, state.opt_state, state.params, **extra)
+    metrics = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
+    finite = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), (metrics["loss"], updates)))
+    bad = (state.bad_step < 0) & ~finite
+    state = TrainState(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        batch_stats=batch_stats,
+        opt_state=opt_state,
+        method_state=method_state,
+        bad_step=jnp.where(bad, state.step, state.bad_step),
+    )
+    return state, metrics
+
+
+def make_eval_step(
+    network: nn.Module, normalization: Normalization, mesh: Mesh | None = None
+) -> Callable[..., dict[str, jax.Array]]:
     """Returns step(variables, images, labels) -> sums over the batch; a label below 0 marks padding.
 
-    The sums: "top1", "top5" (images whose label is among the 1, 5 highest logits), "loss" (cross-entropy), "count".
+    The sums: "top1", "top5" (images whose label is among the 1, 5 highest logits), "loss" (cross-entropy), "count". The
+    devices of the mesh share the batch where it divides among them.
     """
 
     @jax.jit
     def eval_step(variables: Any, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
+        if mesh is not None and len(images) % mesh.size == 0:
+            images = jax.lax.with_sharding_constraint(images, NamedSharding(mesh, PartitionSpec("data")))
         logits = network.apply(variables, augment.normalize(images, *normalization), train=False).logits
         real = labels >= 0
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,14 +17,21 @@ from typing import Any
 import jax
 import numpy as np
 from clu import parameter_overview
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rkd_jax import experiment, methods, models, steps
+from rkd_jax import experiment, feed, methods, models, processes, steps
 from rkd_jax.checkpoint import Checkpoints, save_network
-from rkd_jax.metrics import Clock, Writer
+from rkd_jax.metrics import Clock, Silent, Writer
 
-# Fields that say where things lie, not what is computed: a run may go on under others.
-ELSEWHERE = ("data_dir", "teacher_checkpoint", "checkpoint_seconds")
+# Fields that say where things lie, or how they are brought to the device, not what is computed.
+ELSEWHERE = ("data_dir", "teacher_checkpoint", "checkpoint_seconds", "stream")
+# Fields that students of one program may have of their own, beside those of their methods.
+OWN = (
+    "student", "method", "seed", "data_seed", "view_reduction", "learning_rate", "decay_epochs", "decay_factor",
+    "momentum", "nesterov", "weight_decay",
+)  # fmt: skip
+TEACHER = ("teacher", "teacher_checkpoint", "teacher_fingerprint", "fold_teacher")
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -38,72 +45,246 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
       FloatingPointError: the loss is not finite; the last good checkpoint stays.
       SystemExit: SIGTERM or SIGINT came; the state is saved.
     """
-    run = experiment.build(config)
-    mesh = steps.data_mesh(run.recipe.batch_size)
-    workdir = Path(workdir)
-    claim(workdir, run.config)
-    if (workdir / "summary.json").exists():
-        print(f"{workdir} holds this run, finished; nothing to do")
-        return json.loads((workdir / "summary.json").read_text())
+    return train_together([(config, workdir)])[0]
 
-    loop, recipe, (train, test) = run.loop, run.recipe, run.splits[:2]
-    rng = jax.random.key(run.config["seed"])
-    state = run.create_state(rng)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    progress: dict[str, Any] = {"best": None, "last": None, "totals": {}, "seconds": 0.0}
-    state, progress = checkpoints.restore(state) or (state, progress)
-    start, parameters = int(state.step), int(parameter_overview.count_parameters(state.params["student"]))
-    state = steps.replicate(state, mesh)
-    totals = steps.replicate({k: np.float32(v) for k, v in progress["totals"].items()}, mesh)
-    inputs = steps.replicate(steps.Inputs(rng, train.images, train.labels, run.teacher_variables), mesh)
-    train_step = run.make_train_step(mesh)
-    eval_step = steps.make_eval_step(run.student, run.recipe.student_normalization)
 
-    writer = Writer(workdir, start, recipe.num_steps, recipe.steps_per_epoch, recipe.batch_size)
-    writer.say(_headline(run, parameters, start))
-    clock, saved, order = Clock(progress["seconds"]), time.monotonic(), None
-    with _signals() as received, contextlib.closing(checkpoints), contextlib.closing(writer):
-        for step in range(start, recipe.num_steps):
-            if order is None or step % recipe.steps_per_epoch == 0:
-                order = steps.epoch_order(rng, step // recipe.steps_per_epoch, len(train.labels))
-                order = steps.replicate(order, mesh)
-            state, new = train_step(state, inputs, order)
-            totals = steps.accumulate(totals, new)
-            writer.advance()
+def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> list[dict[str, Any]]:
+    """Runs several configs, each in its folder, in one program: every batch is made, and taught, once for all of them.
 
-            done = step + 1
+    They may differ in the student, its seed, its method and its optimizer (see `OWN`), and share everything else,
+    `data_seed` too. Each folder ends as `train_and_evaluate` would leave it, but for rounding where XLA compiles the
+    larger program in another way. Members that are finished are not run again; those that were interrupted at
+    different steps go on in groups. Returns the summaries, and raises as `train_and_evaluate` does.
+    """
+    runs = [experiment.build(config) for config, _ in members]
+    folders = [Path(workdir) for _, workdir in members]
+    mesh = steps.data_mesh(runs[0].recipe.batch_size)
+    _check_shared(runs, folders)
+
+    def start() -> list[Any]:
+        for run, folder in zip(runs, folders, strict=True):
+            claim(folder, run.config)
+        return [_finished(folder) for folder in folders]
+
+    summaries = processes.in_lead(start)
+    open_ones = [i for i, summary in enumerate(summaries) if summary is None]
+    if processes.leads() and len(open_ones) < len(members):
+        print("\n".join(f"{f} holds this run, finished; nothing to do" for f in folders if _finished(f)))
+    students = [
+        Student(runs[i], folders[i], folders[i].name if len(members) > 1 else "", len(members)) for i in open_ones
+    ]
+    with contextlib.ExitStack() as stack:
+        for student in students:
+            stack.callback(student.close)
+        for group in _groups(students):
+            _train(group, mesh)
+    for i, student in zip(open_ones, students, strict=True):
+        summaries[i] = student.summary
+    return summaries
+
+
+def _train(students: Sequence["Student"], mesh: Mesh) -> None:
+    """The loop: for each call of the step, train; now and then, log, evaluate, save."""
+    run = students[0].run
+    loop, recipe, data = run.loop, run.recipe, run.splits.train
+    data_rng, spe = jax.random.key(run.data_seed), recipe.steps_per_epoch
+    start = _restore(students)
+    states = steps.replicate(tuple(student.state for student in students), mesh)
+    totals = [steps.replicate(student.totals(), mesh) for student in students]
+    teaching = next((student.run for student in students if student.run.teacher), run)
+    recipe = recipe._replace(teacher_normalization=teaching.recipe.teacher_normalization)
+    train_step = steps.make_train_step([student.run.learner for student in students], teaching.teacher, recipe, mesh)
+
+    plan = feed.calls(start, recipe.num_steps, spe, loop.steps_per_call, loop.log_every, loop.eval_every)
+    streams = feed.streams(run.config["stream"], data)
+    rngs = tuple(jax.random.key(student.run.config["seed"]) for student in students)
+    inputs = steps.Inputs(data_rng, rngs, *((None, None) if streams else data), teaching.teacher_variables)
+    inputs = steps.replicate(inputs, mesh)
+    if streams:
+        source = feed.streamed(plan, data_rng, spe, data, mesh, recipe.batch_size)
+    else:
+        source = feed.resident(plan, data_rng, spe, data, mesh)
+
+    for student in students:
+        student.open(start, mesh)
+    clock, saved = Clock(max(student.progress["seconds"] for student in students)), time.monotonic()
+    with _signals() as received, contextlib.closing(source):
+        for call in source:
+            states, new = train_step(states, inputs, call.source, call.count)
+            totals = [steps.accumulate(*pair) for pair in zip(totals, new, strict=True)]
+            students[0].writer.advance(call.count)
+
+            done = call.step + call.count
             last = done == recipe.num_steps
             log, evaluate = (last or done % every == 0 for every in (loop.log_every, loop.eval_every))
-            save = last or received or time.monotonic() - saved >= loop.checkpoint_seconds
-            if not (log or evaluate or save or step == start):
+            # Of several processes, any may be told to stop, and all do so together: they ask each other when they log.
+            stop = bool(received) if jax.process_count() == 1 else log and processes.anywhere(bool(received))
+            save = last or stop or time.monotonic() - saved >= loop.checkpoint_seconds
+            if not (log or evaluate or save or call.step == start):
                 continue
 
-            check_finite(state, workdir)  # waits for the device
+            for student, state in zip(students, states, strict=True):
+                check_finite(state, student.workdir)  # waits for the device
             clock.stop(done)
             if log:
-                rate = float(run.schedule(step))
-                speed = clock.rate(done) * run.recipe.batch_size
-                writer.write(done, "train", _means(totals) | {"learning_rate": rate, "images_per_second": speed})
-                totals = {}
+                speed = clock.rate(done) * recipe.batch_size
+                for student, sums in zip(students, totals, strict=True):
+                    student.log(done, sums, speed)
+                totals = [{} for _ in students]
             if evaluate:
-                variables = {"params": state.params["student"], "batch_stats": state.batch_stats}
-                result = {"step": done, **steps.evaluate(eval_step, variables, *test, loop.eval_batch_size)}
-                writer.write(done, "test", {name: result[name] for name in ("top1", "top5", "loss")})
-                _keep(workdir, run, progress, variables, result)
+                for student, state in zip(students, states, strict=True):
+                    student.evaluate(done, state, mesh)
             if save:
-                progress |= {"totals": {k: float(v) for k, v in totals.items()}, "seconds": clock.seconds}
-                checkpoints.save(done, state, progress)
+                for student, state, sums in zip(students, states, totals, strict=True):
+                    student.save(done, state, sums, clock.seconds)
                 saved = time.monotonic()
-            if received and not last:
-                writer.say(
-                    f"{signal.Signals(received[0]).name}: saved at step {done}; the same command goes on from there"
+            if stop and not last:
+                number = received[0] if received else signal.SIGTERM
+                students[0].writer.say(
+                    f"{signal.Signals(number).name}: saved at step {done}; the same command goes on from there"
                 )
-                raise SystemExit(128 + received[0])
+                raise SystemExit(128 + number)
             clock.start()
+    for student in students:
+        student.finish()
 
-    summary = _summary(run, progress, parameters)
-    (workdir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    return summary
+
+class Student:
+    """One student's run on disk: its folder, its checkpoints, its numbers."""
+
+    def __init__(self, run: experiment.Experiment, workdir: Path, label: str, together: int):
+        self.run, self.workdir = run, workdir
+        self.writer: Writer | Silent = Silent()
+        self.summary: dict[str, Any] = {}
+        self._label, self._together = label, together
+        self._checkpoints = Checkpoints(workdir / "checkpoints") if processes.leads() else None
+        self.state = run.create_state(jax.random.key(run.config["seed"]))
+        self.parameters = int(parameter_overview.count_parameters(self.state.params["student"]))
+        self.progress: dict[str, Any] = {"best": None, "last": None, "totals": {}, "seconds": 0.0}
+
+    def saved(self) -> list[int]:
+        """The steps that it has checkpoints of; process 0 looks."""
+        return processes.agree(sorted(self._checkpoints.steps()) if self._checkpoints else [])
+
+    def read(self, step: int) -> tuple[Any, dict[str, Any]] | None:
+        """The state and the progress of a checkpoint; None where it is damaged."""
+        found = self._checkpoints.restore(self.state, step) if self._checkpoints else None
+        if not processes.agree(found is not None):
+            return None
+        template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.state)
+        state, progress = found or (template, None)
+        return processes.agree_arrays(state), processes.agree(progress)
+
+    def totals(self) -> dict[str, np.ndarray]:
+        """The sums of the metrics since the last log."""
+        return {name: np.float32(value) for name, value in self.progress["totals"].items()}
+
+    def open(self, start: int, mesh: Mesh) -> None:
+        """Ready to write: what was written beyond step `start` is dropped."""
+        self._eval_step = steps.make_eval_step(self.run.student, self.run.recipe.student_normalization, mesh)
+        if not self._checkpoints:
+            return
+        self._checkpoints.drop_after(start)
+        recipe = self.run.recipe
+        self.writer = Writer(
+            self.workdir, start, recipe.num_steps, recipe.steps_per_epoch, recipe.batch_size, self._label
+        )
+        self.writer.say(_headline(self.run, self.parameters, start))
+
+    def log(self, step: int, totals: Mapping[str, jax.Array], speed: float) -> None:
+        """Writes the means of the metrics since the last log, and the speed in images per second."""
+        sums = jax.device_get(totals)
+        names = sorted(set(sums) - {"count"}, key=lambda name: (name != "loss", name))
+        means = {name: float(sums[name] / sums["count"]) for name in names}
+        rate = float(self.run.schedule(step - 1))
+        self.writer.write(step, "train", means | {"learning_rate": rate, "images_per_second": speed})
+
+    def evaluate(self, step: int, state: steps.TrainState, mesh: Mesh) -> None:
+        """Tests the network, and saves it as the last and, where it is, the best."""
+        variables = {"params": state.params["student"], "batch_stats": state.batch_stats}
+        size = self.run.loop.eval_batch_size
+        result = {"step": step, **steps.evaluate(self._eval_step, variables, *self.run.splits.test, size)}
+        self.writer.write(step, "test", {name: result[name] for name in ("top1", "top5", "loss")})
+        best = self.progress["best"] is None or result["top1"] > self.progress["best"]["top1"]
+        for name in ("last", "best") if best else ("last",):
+            self.progress[name] = result
+            if processes.leads():
+                save_network(self.workdir / name, variables, _facts(self.run, result))
+
+    def save(self, step: int, state: steps.TrainState, totals: Mapping[str, jax.Array], seconds: float) -> None:
+        """Writes a checkpoint."""
+        self.progress |= {"totals": {k: float(v) for k, v in totals.items()}, "seconds": seconds}
+        if self._checkpoints:
+            self._checkpoints.save(step, state, self.progress)
+
+    def finish(self) -> None:
+        """Writes the summary."""
+        self.summary = _summary(self.run, self.progress, self.parameters, self._together)
+        if processes.leads():
+            (self.workdir / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Waits until everything is on disk."""
+        self.writer.close()
+        if self._checkpoints:
+            self._checkpoints.close()
+
+
+def _finished(workdir: Path) -> dict[str, Any] | None:
+    path = workdir / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _check_shared(runs: Sequence[experiment.Experiment], folders: Sequence[Path]) -> None:
+    """ValueError where runs of one program differ in what they share, naming the field."""
+    if len(set(folders)) < len(folders):
+        raise ValueError("two of the runs that train together have the same folder; give each its own")
+    first, taught = 0, None
+    for i, run in enumerate(runs):
+        own = {*OWN, *TEACHER, *methods.hyperparameters(run.method), *methods.hyperparameters(runs[first].method)}
+        compared = [(name, first) for name in run.config if name not in own and name not in ELSEWHERE]
+        if run.teacher is not None:
+            taught = i if taught is None else taught
+            compared += [(name, taught) for name in ("teacher", "teacher_fingerprint", "fold_teacher")]
+        for name, other in compared:
+            here, there = run.config.get(name), runs[other].config.get(name)
+            if here != there:
+                raise ValueError(
+                    f"runs that train together share config.{name}, which is {there!r} in {folders[other]} and "
+                    f"{here!r} in {folders[i]}; train them apart, or with one value"
+                )
+        if run.data_seed != runs[first].data_seed:
+            raise ValueError(
+                f"runs that train together see the same images, and the seed is {runs[first].data_seed} in "
+                f"{folders[first]} and {run.data_seed} in {folders[i]}; set config.data_seed, the same for all"
+            )
+
+
+def _groups(students: Sequence[Student]) -> list[list[Student]]:
+    """The students that can go on together: from the start, or from a step that all have a checkpoint of."""
+    groups: list[tuple[set[int], list[Student]]] = []
+    for student in students:
+        there = set(student.saved()) or {0}
+        for common, group in groups:
+            if common & there:
+                common &= there
+                group.append(student)
+                break
+        else:
+            groups.append((there, [student]))
+    return [group for _, group in groups]
+
+
+def _restore(students: Sequence[Student]) -> int:
+    """Takes all students back to the newest step that each has a whole checkpoint of; returns it, or 0."""
+    while common := set.intersection(*(set(student.saved()) for student in students)):
+        step = max(common)
+        found = [student.read(step) for student in students]
+        if None not in found:
+            for student, (state, progress) in zip(students, found, strict=True):
+                student.state, student.progress = state, progress
+            return step
+    return 0
 
 
 def claim(workdir: Path, config: Mapping[str, Any]) -> None:
@@ -142,29 +323,19 @@ def check_finite(state: steps.TrainState, workdir: Path) -> None:
         )
 
 
-def _means(totals: Mapping[str, jax.Array]) -> dict[str, float]:
-    sums = jax.device_get(totals)
-    names = sorted(sums, key=lambda name: (name != "loss", name))
-    return {name: float(sums[name] / sums["count"]) for name in names if name != "count"}
-
-
-def _keep(workdir: Path, run: experiment.Experiment, progress: dict[str, Any], variables: Any, result: dict[str, Any]):
-    """Saves the evaluated network as the last and, where it is, the best."""
-    best = progress["best"] is None or result["top1"] > progress["best"]["top1"]
-    for name in ("last", "best") if best else ("last",):
-        progress[name] = result
-        facts = {
-            "network": models.resolve(run.config["student"], run.splits.test.images.shape[1]),
-            "num_classes": run.splits.num_classes,
-            "dataset": run.config["dataset"],
-            "mean": run.splits.mean,
-            "std": run.splits.std,
-            "source": "trained by rkd_jax",
-            "step": result["step"],
-            "top1": result["top1"],
-            "top5": result["top5"],
-        }
-        save_network(workdir / name, variables, facts)
+def _facts(run: experiment.Experiment, result: dict[str, Any]) -> dict[str, Any]:
+    """A trained network's metadata."""
+    return {
+        "network": models.resolve(run.config["student"], run.splits.test.images.shape[1]),
+        "num_classes": run.splits.num_classes,
+        "dataset": run.config["dataset"],
+        "mean": run.splits.mean,
+        "std": run.splits.std,
+        "source": "trained by rkd_jax",
+        "step": result["step"],
+        "top1": result["top1"],
+        "top5": result["top5"],
+    }
 
 
 def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
@@ -215,7 +386,7 @@ def _commit() -> str | None:
         return None
 
 
-def _summary(run: experiment.Experiment, progress: Mapping[str, Any], parameters: int) -> dict[str, Any]:
+def _summary(run: experiment.Experiment, progress: Mapping[str, Any], parameters: int, together: int) -> dict[str, Any]:
     images = run.recipe.num_steps * run.recipe.batch_size
     return {
         "best": progress["best"],
@@ -223,6 +394,7 @@ def _summary(run: experiment.Experiment, progress: Mapping[str, Any], parameters
         "parameters": parameters,
         "steps": run.recipe.num_steps,
         "seconds": round(progress["seconds"], 1),
+        "together": together,  # students in the program that took these seconds
         "images_per_second": round(images / max(progress["seconds"], 1e-9), 1),
         **provenance(),
         "config": run.config,

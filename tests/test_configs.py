@@ -24,9 +24,11 @@ def trace_step(run):
     """Traces one whole step, forward and backward, at smoke size, without compiling it; returns its metrics' shapes."""
     rng = jax.random.key(0)
     state = jax.eval_shape(lambda: run.create_state(rng))
-    step = run.make_train_step(steps.data_mesh(run.recipe.batch_size))
-    inputs = steps.Inputs(rng, *run.splits.train, run.teacher_variables)
-    after, metrics = jax.eval_shape(step, state, inputs, np.zeros(len(run.splits.train.labels), np.int32))
+    mesh = steps.data_mesh(run.recipe.batch_size)
+    step = steps.make_train_step([run.learner], run.teacher, run.recipe, mesh)
+    inputs = steps.Inputs(rng, (rng,), *run.splits.train, run.teacher_variables)
+    order = np.zeros(len(run.splits.train.labels), np.int32)
+    (after,), (metrics,) = jax.eval_shape(step, (state,), inputs, order)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     return metrics
 

@@ -27,13 +27,22 @@ class Probe(base.Distiller):
 
 
 def prepare(config, method=None, **recipe):
+    """A run of one student: (experiment, state, inputs, step)."""
     run = experiment.build(config)
     if method:
         run = run._replace(method=method, tx=method.wrap_optimizer(run.tx))
     run = run._replace(recipe=run.recipe._replace(**recipe))
     mesh = steps.data_mesh(run.recipe.batch_size)
-    inputs = steps.Inputs(RNG, *run.splits.train, run.teacher_variables)
-    return run, steps.replicate(run.create_state(RNG), mesh), steps.replicate(inputs, mesh), run.make_train_step(mesh)
+    inputs = steps.Inputs(RNG, (RNG,), *run.splits.train, run.teacher_variables)
+    together = steps.make_train_step([run.learner], run.teacher, run.recipe, mesh)
+
+    def step(state, inputs, source, count=1):
+        """The step of a program with one student."""
+        (state,), (metrics,) = together((state,), inputs, source, count)
+        return state, metrics
+
+    step.compilations = together._cache_size
+    return run, steps.replicate(run.create_state(RNG), mesh), steps.replicate(inputs, mesh), step
 
 
 def test_step_compiles_once_and_counts(tiny):
@@ -43,7 +52,7 @@ def test_step_compiles_once_and_counts(tiny):
         state, metrics = step(state, inputs, order)
         assert np.isfinite(metrics["loss"])
     assert int(state.step) == 10
-    assert step._cache_size() == 1
+    assert step.compilations() == 1
 
 
 def test_epoch_visits_every_example_once(tiny):
