@@ -1,17 +1,22 @@
 """Distils an image classifier: python main.py --config configs/cifar100_res32x4_res8x4.py --config.lam=5.0."""
 
 import os
+import platform
 import sys
+
+# Before jax is imported. By host name, for programs for one CPU may not run on another.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(f"~/.cache/rkd_jax/{platform.node()}"))
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rkd_jax import evaluate, runs
+from rkd_jax import evaluate, processes, runs
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; default: configs/digits.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept, and resumed from; default: runs/<config>.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or report the accuracy of what WORKDIR holds.")
+DISTRIBUTED = flags.DEFINE_string("distributed", None, '"auto" or HOST:PORT,INDEX,COUNT: one of several processes.')
 TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, print where in the code it arose too.")
 
 
@@ -36,6 +41,8 @@ def main(argv):
     name = os.path.basename(config_flags.get_config_filename(FLAGS["config"]))
     run = runs.run if MODE.value == "train" else evaluate.run
     try:
+        if DISTRIBUTED.value:
+            processes.initialize(DISTRIBUTED.value)
         run(CONFIG.value, WORKDIR.value or os.path.join("runs", os.path.splitext(name)[0]))
     except (ValueError, OSError, FloatingPointError) as error:
         if TRACEBACK.value:

@@ -1,5 +1,6 @@
-"""What one command runs: a network, a chain of networks, or a comparison of a student with and without its teacher."""
+"""What one command runs: a network, a chain of networks, a sweep, or a student with and without its teacher."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -7,16 +8,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rkd_jax import evaluate, experiment, models, train
+from rkd_jax import evaluate, experiment, models, processes, train
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
     """What `python main.py` does."""
+    if config.get("sweep"):
+        sweep(config, workdir)
+        return
     if config.get("compare"):
         compare(config, workdir)
         return
     summary = distil(config, workdir)
-    for name in ("best", "last"):
+    for name in ("best", "last") if processes.leads() else ():
         result = summary[name]
         print(f"{name:4}  step {result['step']:,}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
 
@@ -39,6 +43,68 @@ def distil(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
         summary = train.train_and_evaluate(link, folder)
         config.teacher_checkpoint = str(folder / "last")
     return summary
+
+
+def sweep(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Trains the students that config.sweep names in one program, each in a folder of WORKDIR named after its values.
+
+    Prints a table, writes it to WORKDIR/sweep.json, and returns the summaries; see `train.train_together`.
+    """
+    if config.compare:
+        raise ValueError("config.sweep and config.compare are two experiments; set one of them")
+    members = expand(config)
+    for name, member in members:
+        if hasattr(experiment.create_method(member), "links"):
+            raise ValueError(
+                f"config.sweep: {name} trains a chain of networks; run config.method={member.method!r} alone"
+            )
+    workdir = Path(workdir)
+    summaries = train.train_together([(member, workdir / name) for name, member in members])
+    rows = [{"sweep": name, **summary} for (name, _), summary in zip(members, summaries, strict=True)]
+    if processes.leads():
+        (workdir / "sweep.json").write_text(json.dumps({"rows": rows, **train.provenance()}, indent=1) + "\n")
+        width = max(len(name) for name, _ in members)
+        print(f"\n{'':{width}}  top-1 last %  best %")
+        for row in rows:
+            print(f"{row['sweep']:{width}}  {row['last']['top1']:12.2f}  {row['best']['top1']:6.2f}")
+    return rows
+
+
+def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
+    """The students of a sweep, with their names: "lam=0.1,1 seed=0,1" makes "lam=0.1,seed=0" and three others."""
+    axes = []
+    for word in config.sweep.split():
+        field, equals, values = word.partition("=")
+        if not equals or not values or field not in config or field == "sweep":
+            raise ValueError(
+                f"config.sweep={config.sweep!r}: {word!r} is not FIELD=VALUE,VALUE,... of a field of the config; "
+                'write, say, --config.sweep="lam=0.1,1,5 seed=0,1"'
+            )
+        axes.append([(field, value) for value in values.split(",")])
+    members = []
+    for choice in itertools.product(*axes):
+        member = config.copy_and_resolve_references()
+        member.sweep = ""
+        for field, value in choice:
+            member[field] = _parse(field, value, config.get_type(field))
+        members.append((",".join(f"{field}={value}" for field, value in choice), member))
+    if len({name for name, _ in members}) < len(members):
+        raise ValueError(f"config.sweep={config.sweep!r} names a student twice; name each once")
+    return members
+
+
+def _parse(field: str, value: str, kind: type) -> Any:
+    """A field's value from a word; ValueError where it is none of that kind."""
+    if kind is bool and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        if kind in (int, float, str):
+            return kind(value)
+    except ValueError:
+        pass
+    raise ValueError(
+        f"config.sweep: {field}={value} is no {kind.__name__}, the kind of value that config.{field} takes"
+    )
 
 
 def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """What one command runs: comparisons, chains, data and networks of one's own; and training without TensorFlow."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -90,35 +89,6 @@ def test_folded_teacher_gives_the_same_losses(tiny, tmp_path):
         runs.distil(tiny(num_steps=3, fold_teacher=fold), tmp_path / str(fold))
         lines.append([json.loads(x) for x in (tmp_path / str(fold) / "metrics.jsonl").read_text().splitlines()])
     assert lines[0][0]["ranking"] == pytest.approx(lines[1][0]["ranking"], rel=1e-4)
-
-
-SHARED = """
-import sys
-sys.path.insert(0, {root!r})
-from ml_collections import ConfigDict
-from rkd_jax import runs
-runs.run(ConfigDict({config!r}), {workdir!r})
-"""
-
-
-def losses(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if line["kind"] == "train"]
-
-
-def test_two_devices_give_the_losses_of_one(tiny, tmp_path):
-    config = tiny(num_steps=6, log_every=1, num_train=48)
-    runs.distil(config, tmp_path / "one")
-    script = SHARED.format(root=str(ROOT), config=config.to_dict(), workdir=str(tmp_path / "two"))
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    assert "on 2 x cpu" in result.stdout
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
-    script = script.replace("'batch_size': 8", "'batch_size': 9").replace(str(tmp_path / "two"), str(tmp_path / "odd"))
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert "config.batch_size=9 does not divide among 2 devices; take a multiple of 2" in result.stderr
-    assert not (tmp_path / "odd").exists()
 
 
 def test_training_and_evaluating_never_import_tensorflow(tiny, tmp_path):

@@ -1,0 +1,122 @@
+"""Several devices and several processes: the losses of one, and files that only the first process writes."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from rkd_jax import processes, runs
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from ml_collections import ConfigDict
+from rkd_jax import processes, runs
+if {where!r}:
+    processes.initialize({where!r})
+runs.run(ConfigDict({config!r}), {workdir!r})
+"""
+
+
+@pytest.fixture
+def slow(tiny):
+    """Runs whose rounding does not grow from step to step: 20 steps at a low rate."""
+    return lambda **fields: tiny(**{"num_steps": 20, "log_every": 1, "learning_rate": 1e-4, "batch_size": 16, **fields})
+
+
+def start(config, workdir, devices=1, where=""):
+    script = SCRIPT.format(root=str(ROOT), where=where, config=config.to_dict(), workdir=str(workdir))
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        cwd=ROOT,
+    )  # fmt: skip
+
+
+def start_two(config, workdir):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [start(config, workdir, where=f"localhost:{port},{index},2") for index in range(2)]
+
+
+def finish(*started):
+    outputs = [process.communicate(timeout=300) for process in started]
+    for process, (_, errors) in zip(started, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return [output for output, _ in outputs]
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def test_two_devices_and_two_processes_give_the_losses_of_one(slow, tmp_path):
+    runs.distil(slow(), tmp_path / "one")
+    (output,) = finish(start(slow(), tmp_path / "devices", devices=2))
+    assert "on 2 x cpu" in output
+    outputs = finish(*start_two(slow(), tmp_path / "processes"))
+    assert "on 2 x cpu" in outputs[0]
+    assert "top-1" not in outputs[1]  # one of them speaks
+    assert len(losses(tmp_path / "one")) == 20
+    for other in ("devices", "processes"):
+        np.testing.assert_allclose(losses(tmp_path / other), losses(tmp_path / "one"), rtol=1e-5)
+        assert (tmp_path / other / "last" / "metadata.json").exists()
+    finish(*start_two(slow(stream=True), tmp_path / "streamed"))  # each process reads its rows
+    np.testing.assert_array_equal(losses(tmp_path / "streamed"), losses(tmp_path / "processes"))
+
+
+def test_batch_that_does_not_divide_among_the_devices(slow, tmp_path):
+    process = start(slow(batch_size=9), tmp_path / "odd", devices=2)
+    assert "config.batch_size=9 does not divide among 2 devices; take a multiple of 2" in process.communicate()[1]
+    assert not (tmp_path / "odd").exists()
+
+
+def test_checkpoint_goes_on_with_other_devices(slow, tmp_path):
+    runs.distil(slow(), tmp_path / "whole")
+    process = start(slow(checkpoint_seconds=0.0), tmp_path / "run")
+    for line in process.stdout:
+        if re.match(r"train step 7/", line):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    (output,) = finish(start(slow(), tmp_path / "run", devices=2))
+    assert re.search(r"on 2 x cpu \| goes on from step (7|8|9|1\d)\b", output)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-5)
+
+
+def test_signal_to_one_process_stops_all_and_they_go_on_together(slow, tmp_path):
+    config = slow(num_steps=200, eval_epochs=100.0)
+    started = start_two(config, tmp_path / "run")
+    for line in started[0].stdout:
+        if re.match(r"train step 5/", line):
+            started[1].send_signal(signal.SIGTERM)  # not the one that writes
+            break
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [128 + signal.SIGTERM] * 2
+    saved = int(re.search(r"saved at step (\d+)", outputs[0]).group(1))
+    outputs = finish(*start_two(config, tmp_path / "run"))
+    assert f"goes on from step {saved}" in outputs[0]
+    assert len(losses(tmp_path / "run")) == 200
+
+
+def test_error_of_the_first_process_is_everyones(slow, tmp_path):
+    runs.distil(slow(num_steps=2), tmp_path / "run")
+    started = start_two(slow(num_steps=3), tmp_path / "run")
+    for process in started:
+        assert "config.num_steps: 2 there, 3 here" in process.communicate(timeout=300)[1]
+
+
+@pytest.mark.parametrize("where", ["here", "localhost,0,2", "localhost:1,2,2", "localhost:1,0", "localhost:1,a,2"])
+def test_wrong_address_is_named(where):
+    with pytest.raises(ValueError, match="--distributed="):
+        processes.initialize(where)
