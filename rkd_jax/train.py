@@ -70,9 +70,7 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
     open_ones = [i for i, summary in enumerate(summaries) if summary is None]
     if processes.leads() and len(open_ones) < len(members):
         print("\n".join(f"{f} holds this run, finished; nothing to do" for f in folders if _finished(f)))
-    students = [
-        Student(runs[i], folders[i], folders[i].name if len(members) > 1 else "", len(members)) for i in open_ones
-    ]
+    students = [Student(runs[i], folders[i], folders[i].name if len(members) > 1 else "") for i in open_ones]
     with contextlib.ExitStack() as stack:
         for student in students:
             stack.callback(student.close)
@@ -146,17 +144,17 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
                 raise SystemExit(128 + number)
             clock.start()
     for student in students:
-        student.finish()
+        student.finish(together=len(students))
 
 
 class Student:
     """One student's run on disk: its folder, its checkpoints, its numbers."""
 
-    def __init__(self, run: experiment.Experiment, workdir: Path, label: str, together: int):
+    def __init__(self, run: experiment.Experiment, workdir: Path, label: str):
         self.run, self.workdir = run, workdir
         self.writer: Writer | Silent = Silent()
         self.summary: dict[str, Any] = {}
-        self._label, self._together = label, together
+        self._label = label
         self._checkpoints = Checkpoints(workdir / "checkpoints") if processes.leads() else None
         self.state = run.create_state(jax.random.key(run.config["seed"]))
         self.parameters = int(parameter_overview.count_parameters(self.state.params["student"]))
@@ -217,9 +215,9 @@ class Student:
         if self._checkpoints:
             self._checkpoints.save(step, state, self.progress)
 
-    def finish(self) -> None:
-        """Writes the summary."""
-        self.summary = _summary(self.run, self.progress, self.parameters, self._together)
+    def finish(self, together: int) -> None:
+        """Writes the summary of a program of so many students."""
+        self.summary = _summary(self.run, self.progress, self.parameters, together)
         if processes.leads():
             (self.workdir / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")
 

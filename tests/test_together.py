@@ -1,0 +1,180 @@
+"""Students that train in one program, batches that stream, and several steps a call."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_train import assert_same, network, records
+
+from rkd_jax import feed, runs, steps, train
+from rkd_jax.data import Split
+
+
+@pytest.mark.parametrize("every", [(3, 8), (5,), ()])
+def test_calls_cover_every_step_once_and_stop_where_the_loop_has_work(every):
+    plan = list(feed.calls(0, 50, 8, 4, *every))
+    assert [step for call in plan for step in range(call.step, call.step + call.count)] == list(range(50))
+    ends = {call.step + call.count for call in plan}
+    assert {step for each in (8, *every) for step in range(each, 50, each)} <= ends
+    assert {call.count for call in plan} <= {1, 4}
+    for i, call in enumerate(plan):  # a run that goes on makes the calls that it would have made
+        assert list(feed.calls(call.step, 50, 8, 4, *every)) == plan[i:]
+
+
+def test_streamed_batches_are_the_resident_ones():
+    images = np.random.default_rng(0).integers(0, 256, (20, 4, 4, 1), np.uint8)
+    split, rng, mesh = Split(images, np.arange(20, dtype=np.int32)), jax.random.key(3), steps.data_mesh(4)
+    plan = list(feed.calls(0, 10, 5, 2))
+    seen = list(feed.streamed(plan, rng, 5, split, mesh, batch_size=4))
+    assert [call[:2] for call in seen] == [call[:2] for call in plan]
+    for call in seen:
+        order = steps.epoch_order(rng, call.step // 5, 20)
+        first = call.step % 5 * 4
+        index = np.asarray(order)[first : first + 4 * call.count].reshape(call.count, 4)
+        np.testing.assert_array_equal(call.source.index, index)
+        np.testing.assert_array_equal(call.source.labels, index)
+        np.testing.assert_array_equal(call.source.images, images[index])
+
+
+def test_set_that_fills_the_device_streams(monkeypatch):
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": 1000}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    small, large = (Split(np.zeros((n, 1, 1, 1), np.uint8), np.zeros(n, np.int32)) for n in (500, 501))
+    assert [feed.streams(None, small), feed.streams(None, large)] == [False, True]
+    assert [feed.streams(True, small), feed.streams(False, large)] == [True, False]
+
+
+def test_streamed_run_has_the_bits_of_the_resident_one(tiny, tmp_path):
+    train.train_and_evaluate(tiny(), tmp_path / "resident")
+    train.train_and_evaluate(tiny(stream=True), tmp_path / "streamed")
+    assert records(tmp_path / "streamed") == records(tmp_path / "resident")
+    assert_same(network(tmp_path / "streamed"), network(tmp_path / "resident"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_several_steps_a_call(tiny, tmp_path, stream, monkeypatch):
+    fields = {"method": "ctkd", "learning_rate": 1e-3}
+    train.train_and_evaluate(tiny(**fields), tmp_path / "one")
+    fields |= {"steps_per_call": 3, "stream": stream, "checkpoint_seconds": 0.0}
+    train.train_and_evaluate(tiny(**fields), tmp_path / "three")
+    for one, three in zip(records(tmp_path / "one"), records(tmp_path / "three"), strict=True):
+        assert one.pop("kind") == three.pop("kind")
+        assert one == pytest.approx(three, rel=1e-4)
+    real, calls = steps.accumulate, []
+
+    def accumulate(totals, new):  # stops in the middle
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(totals, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "accumulate", accumulate)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(tiny(**fields), tmp_path / "again")
+    train.train_and_evaluate(tiny(**fields), tmp_path / "again")
+    assert records(tmp_path / "again") == records(tmp_path / "three")
+    assert_same(network(tmp_path / "again"), network(tmp_path / "three"))
+
+
+def differ(*changes, **shared):
+    return lambda tiny: [tiny(**shared, **change) for change in changes]
+
+
+SWEEPS = {
+    "lambdas": differ({"lam": 0.1}, {"lam": 5.0}, {"lam": 10.0}, views="both"),
+    "methods": differ(
+        {"method": "cross_entropy", "teacher_checkpoint": ""}, {"method": "kd"}, {"method": "ranking_alignment"}
+    ),
+    "seeds and rates": differ({"seed": 0}, {"seed": 1, "learning_rate": 0.02}, data_seed=0),
+}
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_students_of_one_program_end_as_runs_of_their_own(tiny, tmp_path, name):
+    configs = SWEEPS[name](tiny)
+    together = train.train_together([(config, tmp_path / f"together{i}") for i, config in enumerate(configs)])
+    for i, config in enumerate(configs):
+        alone = train.train_and_evaluate(config, tmp_path / f"alone{i}")
+        assert records(tmp_path / f"together{i}") == records(tmp_path / f"alone{i}")
+        assert_same(network(tmp_path / f"together{i}"), network(tmp_path / f"alone{i}"))
+        for field in ("best", "last", "config", "parameters"):
+            assert together[i][field] == alone[field]
+        assert (together[i]["together"], alone["together"]) == (len(configs), 1)
+
+
+def test_interrupted_at_different_steps_they_go_on(tiny, tmp_path):
+    """One finished, two at the same step, one not begun: all end as if never stopped."""
+    lams = (0.1, 1.0, 5.0, 10.0)
+    folders = {lam: tmp_path / f"{lam}" for lam in lams}
+    train.train_and_evaluate(tiny(lam=0.1), folders[0.1])
+    real, calls = steps.accumulate, []
+
+    def accumulate(totals, new):
+        calls.append(1)
+        if len(calls) == 2 * 5:
+            raise KeyboardInterrupt
+        return real(totals, new)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "accumulate", accumulate)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_together([(tiny(lam=lam, checkpoint_seconds=0.0), folders[lam]) for lam in (1.0, 5.0)])
+    saved = {int(path.name) for path in (folders[5.0] / "checkpoints").iterdir() if path.name.isdigit()}
+    assert max(saved) == 4
+    summaries = train.train_together([(tiny(lam=lam), folders[lam]) for lam in lams])
+    assert [summary["config"]["lam"] for summary in summaries] == list(lams)
+    assert [summary["together"] for summary in summaries] == [1, 2, 2, 1]
+    for lam in lams:
+        train.train_and_evaluate(tiny(lam=lam), tmp_path / f"alone{lam}")
+        assert records(folders[lam]) == records(tmp_path / f"alone{lam}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (({"batch_size": 8}, {"batch_size": 16}), r"share config.batch_size, which is 8 in .*a and 16 in .*b"),
+        (({"seed": 0}, {"seed": 1}), r"the seed is 0 in .*a and 1 in .*b; set config.data_seed"),
+        (({"views": "weak"}, {"views": "both"}), "share config.views"),
+        (({"fold_teacher": False}, {"fold_teacher": True}), "share config.fold_teacher"),
+    ],
+)
+def test_what_they_have_to_share_is_named(tiny, tmp_path, changes, message):
+    members = [(tiny(**change), tmp_path / name) for change, name in zip(changes, "ab", strict=True)]
+    with pytest.raises(ValueError, match=message):
+        train.train_together(members)
+    assert not (tmp_path / "a").exists()
+
+
+def test_sweep_from_the_config(tiny, tmp_path, capsys):
+    config = tiny(sweep="lam=0.1,5 student=resnet8,resnet14", num_steps=2)
+    rows = runs.sweep(config, tmp_path / "sweep")
+    names = ["lam=0.1,student=resnet8", "lam=0.1,student=resnet14", "lam=5,student=resnet8", "lam=5,student=resnet14"]
+    assert [row["sweep"] for row in rows] == names
+    assert [row["config"]["lam"] for row in rows] == [0.1, 0.1, 5.0, 5.0]
+    assert len(json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rows"]) == 4
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-4:]] == names
+    assert runs.sweep(config, tmp_path / "sweep") == rows  # finished: not run again
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ("lambda=1,2", "'lambda=1,2' is not FIELD=VALUE"),
+        ("lam", "'lam' is not FIELD=VALUE"),
+        ("lam=1,much", "lam=much is no float, which config.lam takes"),
+        ("lam=1,1", "names a student twice"),
+        ("decay_epochs=1,2", "is no tuple"),
+        ("method=kd,takd", "method=takd trains a chain of networks"),
+        ("method=kd,dkf", "did you mean 'dk"),
+    ],
+)
+def test_wrong_sweep_is_named(tiny, tmp_path, sweep, message):
+    with pytest.raises(ValueError, match=message):
+        runs.run(tiny(sweep=sweep), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
