@@ -102,9 +102,7 @@ def _parse(field: str, value: str, kind: type) -> Any:
             return kind(value)
     except ValueError:
         pass
-    raise ValueError(
-        f"config.sweep: {field}={value} is no {kind.__name__}, the kind of value that config.{field} takes"
-    )
+    raise ValueError(f"config.sweep: {field}={value} is no {kind.__name__}, which config.{field} takes")
 
 
 def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]]:
