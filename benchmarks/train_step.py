@@ -14,7 +14,7 @@ PyTorch best      as that, with torch.compile, on a GPU with bfloat16 autocast t
 
 The PyTorch sides compute the loss as the squared difference of centred logits, which soft ranks are at eps = 1: it is
 the cheaper loss. Every repetition times each side once, in turn; times are medians, ratios medians over repetitions of
-PyTorch's time / ours. Pairs that the output file holds already are kept, those named are measured again.
+PyTorch's time / ours. What the output file holds already of other pairs and stages is kept.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main():
     parser.add_argument("--quick", action="store_true", help="two repetitions; no torch.compile")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
-    parser.add_argument("--extras", action="store_true", help="also: images resident on the device, the method's cost")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), help="default: all")
     parser.add_argument("--output", type=Path, default=Path(f"results/train_step_{jax.default_backend()}.json"))
     parser.add_argument("--alone", choices=["rkd_jax", "PyTorch"], help=argparse.SUPPRESS)
     flags = parser.parse_args()
@@ -72,54 +72,87 @@ def main():
         return alone(flags.alone, flags.pairs[0])
     found = json.loads(flags.output.read_text()) if flags.output.exists() else {}
     for pair in flags.pairs:
-        found[pair] = measure(pair, flags)
+        row = {stage: STAGES[stage](pair, flags) | {"provenance": train.provenance()} for stage in flags.stages}
+        print(json.dumps({stage: {k: v for k, v in row[stage].items() if k in SHOWN} for stage in row}, indent=1))
+        found[pair] = found.get(pair, {}) | row
         flags.output.parent.mkdir(parents=True, exist_ok=True)
         flags.output.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
     return None
 
 
-def measure(pair, flags):
-    """Everything about a pair, as in the JSON."""
-    print(f"{pair}: compiling", flush=True)
-    ours, notes = Ours(pair), {}
-    sides = {"rkd_jax": ours.stepper()[0], "rkd_jax step": ours.stepper(views=("none", "none"))[0]}
+def whole(pair, flags):
+    """Steps of every side: images per second, ratios, floating-point operations per second."""
+    ours, notes = Ours(pair), {"cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+    sides = {"rkd_jax": ours.stepper(), "rkd_jax step": ours.stepper(views=("none", "none"))}
     if ON_GPU:
-        sides["rkd_jax bfloat16"] = Ours(pair, jnp.bfloat16).stepper()[0]
+        sides["rkd_jax bfloat16"] = Ours(pair, jnp.bfloat16).stepper()
     sides |= {"PyTorch as used": torch_as_used(pair), "PyTorch step": torch_step(pair)}
     if flags.no_compile:
         notes["PyTorch best"] = "torch.compile was left out"
     else:
         try:
-            sides["PyTorch best"] = torch_step(pair, compiled=True)
+            best = torch_step(pair, compiled=True)
+            best(1)
+            sides["PyTorch best"] = best
         except Exception as error:  # whatever the compiler fails with
             notes["PyTorch best"] = f"torch.compile failed: {type(error).__name__}: {str(error)[:200]}"
     seconds = time_in_turn(sides, flags.repeats)
-    row = {"images_per_second": {name: round(BATCH / np.median(s), 2) for name, s in seconds.items()}}
-    row["seconds"] = {name: [round(value, 5) for value in s] for name, s in seconds.items()}
-    row["ratio"] = {
+    ratios = {
         "whole step / PyTorch as used": ratio(seconds, "PyTorch as used", "rkd_jax"),
         "step / PyTorch step": ratio(seconds, "PyTorch step", "rkd_jax step"),
     }
     if "PyTorch best" in seconds:
-        row["ratio"]["step / PyTorch best"] = ratio(
-            seconds, "PyTorch best", "rkd_jax bfloat16" if ON_GPU else "rkd_jax step"
-        )
-    parts = time_in_turn(ours.parts(), flags.repeats)
-    row["milliseconds_by_part"] = {name: round(1e3 * float(np.median(s)), 2) for name, s in parts.items()}
-    row["gflops"] = rates(pair, seconds)
-    if flags.extras:
-        row["extras"] = extras(ours, flags.repeats)
-    row["alone"] = {name: in_a_process(name, pair) for name in ("rkd_jax", "PyTorch")}
-    row["notes"] = notes | {"cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
-    row["provenance"] = train.provenance()
-    print(json.dumps({key: row[key] for key in row if key not in ("seconds", "provenance")}, indent=1), flush=True)
-    return row
+        ours = "rkd_jax bfloat16" if ON_GPU else "rkd_jax step"
+        ratios["step / PyTorch best"] = ratio(seconds, "PyTorch best", ours)
+    return {
+        "images_per_second": {name: round(BATCH / np.median(s), 2) for name, s in seconds.items()},
+        "ratio": ratios,
+        "gflops": rates(pair, seconds),
+        "seconds": rounded(seconds),
+        "notes": notes,
+    }
+
+
+def parts(pair, flags):
+    """The step's parts, each jitted alone."""
+    seconds = time_in_turn(Ours(pair).parts(), flags.repeats)
+    return {"milliseconds": {name: round(1e3 * float(np.median(s)), 2) for name, s in seconds.items()}}
+
+
+def extras(pair, flags):
+    """What a larger set on the device costs, and the method beside kd: ratios of step times."""
+    ours = Ours(pair)
+    sides = {
+        "10,000 images": ours.stepper(10_000),
+        "50,000 images": ours.stepper(50_000),
+        "kd": Ours(pair, method="kd").stepper(),
+    }
+    seconds = time_in_turn(sides, flags.repeats)
+    ratios = {
+        "50,000 images / 10,000": ratio(seconds, "50,000 images", "10,000 images"),
+        "ranking_alignment / kd": ratio(seconds, "10,000 images", "kd"),
+    }
+    return {"ratio": ratios, "seconds": rounded(seconds)}
+
+
+def processes(pair, flags):
+    """Start-up and memory of each side in a process of its own."""
+    return {name: in_a_process(name, pair) for name in ("rkd_jax", "PyTorch")}
+
+
+STAGES = {"whole": whole, "parts": parts, "extras": extras, "processes": processes}
+SHOWN = ("images_per_second", "ratio", "gflops", "notes", "milliseconds", "rkd_jax", "PyTorch")
+
+
+def rounded(seconds):
+    """For the JSON."""
+    return {name: [round(value, 5) for value in s] for name, s in seconds.items()}
 
 
 def time_in_turn(sides, repeats):
     """Seconds of a step of every side, [repeats] each; a side runs steps(n) and waits for the device."""
-    count = 20 if ON_GPU else 2
+    count = 20 if ON_GPU else 1
     for run in sides.values():
         run(2)
     seconds = {name: [] for name in sides}
@@ -150,31 +183,28 @@ class Ours:
         self.method = methods.resolve(method, {}, "cifar100" if self.side == 32 else "tiny_imagenet", teacher, student)
         self.tx = optim.create_optimizer(optim.create_schedule(0.025, (150,), 0.1, 100), 0.9, 5e-4, False)
         self.variables = experiment.untrained(self.teacher, (self.side, self.side, 3))
-        self.mesh, self.rng = steps.data_mesh(BATCH), jax.random.key(0)
+        self.mesh, self.rng, shape = steps.data_mesh(BATCH), jax.random.key(0), (self.side, self.side, 3)
+        networks = self.student, self.teacher, self.variables
+        state = steps.create_state(self.rng, *networks, self.method, self.tx, shape, BATCH)
+        self.state = steps.replicate(state, self.mesh)
 
     def stepper(self, num_images=10_000, views=("weak", "strong")):
-        """A run of steps, and the seconds that the first took, compilation included."""
+        """A run of steps."""
         images, labels = random_images(num_images, self.side, self.classes)
         recipe = steps.Recipe(
             views, "sum", {"padding": 4}, BATCH, num_images // BATCH, 10_000, NORMALIZATION, NORMALIZATION
         )
-        networks = self.student, self.teacher, self.variables
-        shape = (self.side, self.side, 3)
-        state = steps.create_state(self.rng, *networks, self.method, self.tx, shape, num_images)
-        self.state = state = steps.replicate(jax.tree.map(np.asarray, state), self.mesh)
         inputs = steps.replicate(steps.Inputs(self.rng, images, labels, self.variables), self.mesh)
         order = steps.replicate(steps.epoch_order(self.rng, 0, num_images), self.mesh)
         train_step = steps.make_train_step(self.student, self.teacher, self.method, self.tx, recipe, self.mesh)
-        held = [jax.tree.map(jnp.copy, state)]  # it is donated
+        held = [jax.tree.map(jnp.copy, self.state)]  # it is donated
 
         def run(count):
             for _ in range(count):
                 held[0], _ = train_step(held[0], inputs, order)
             jax.block_until_ready(held[0])
 
-        start = time.perf_counter()
-        run(1)
-        return run, time.perf_counter() - start
+        return run
 
     def parts(self):
         """The step's parts, each jitted alone, of both views."""
@@ -234,19 +264,6 @@ def random_images(count, side, classes):
     return images, rng.integers(0, classes, count).astype(np.int32)
 
 
-def extras(ours, repeats):
-    """What a larger set on the device costs, and the method beside kd: ratios of step times."""
-    kd = Ours.__new__(Ours)
-    kd.__dict__ |= ours.__dict__ | {"method": methods.resolve("kd", {}, "cifar100", "resnet56", "resnet20")}
-    sides = {"10,000 images": ours.stepper(10_000)[0], "50,000 images": ours.stepper(50_000)[0], "kd": kd.stepper()[0]}
-    seconds = time_in_turn(sides, repeats)
-    return {
-        "50,000 images / 10,000": ratio(seconds, "50,000 images", "10,000 images"),
-        "ranking_alignment / kd": ratio(seconds, "10,000 images", "kd"),
-        "seconds": {name: [round(value, 5) for value in s] for name, s in seconds.items()},
-    }
-
-
 # PyTorch's side.
 
 
@@ -296,7 +313,6 @@ def torch_step(pair, compiled=False):
             torch_update(teacher, student, optimizer, (view, view), labels, autocast=compiled and ON_GPU)
         wait()
 
-    run(1)
     return run
 
 
@@ -369,9 +385,10 @@ def alone(name, pair):
     """One side's first step and five more; prints JSON."""
     start = time.perf_counter()
     if name == "rkd_jax":
-        run, _ = Ours(pair).stepper()
+        run = Ours(pair).stepper()
     else:
         run = torch_step(pair)
+    run(1)
     first = time.perf_counter() - start
     run(5)
     found = {
@@ -391,16 +408,19 @@ def peak_resident():
 
 
 def table(found):
-    """The pairs as a Markdown table."""
-    names = list(dict.fromkeys(name for row in found.values() for name in row["images_per_second"]))
-    ratios = list(dict.fromkeys(name for row in found.values() for name in row["ratio"]))
-    lines = [
-        "| images/s | " + " | ".join([*names, *(f"ratio: {name}" for name in ratios)]) + " |",
-        "|---" * (1 + len(names) + len(ratios)) + "|",
+    """The pairs' whole steps as a Markdown table."""
+    rows = {pair: row["whole"] for pair, row in found.items() if "whole" in row}
+    columns = [
+        (kind, name)
+        for kind in ("images_per_second", "ratio")
+        for name in dict.fromkeys(name for row in rows.values() for name in row[kind])
     ]
-    for pair, row in found.items():
-        cells = [row["images_per_second"].get(name, "") for name in names] + [row["ratio"].get(r, "") for r in ratios]
-        lines.append(f"| {pair} | " + " | ".join(map(str, cells)) + " |")
+    heads = [name if kind == "ratio" else f"{name}, images/s" for kind, name in columns]
+    lines = ["| pair | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    lines += [
+        f"| {pair} | " + " | ".join(str(row[kind].get(name, "")) for kind, name in columns) + " |"
+        for pair, row in rows.items()
+    ]
     return "\n".join(lines)
 
 
