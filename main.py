@@ -10,7 +10,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(f"~/.cache
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rkd_jax import evaluate, processes, runs
+from rkd_jax import _memory, evaluate, processes, runs
 
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; default: configs/digits.py.")
@@ -38,6 +38,7 @@ def main(argv):
     if len(argv) > 1:
         sys.exit(f"Error: {argv[1]!r} is no flag; write --config.FIELD=VALUE")
     logging.set_verbosity(logging.WARNING)
+    _memory.keep()
     name = os.path.basename(config_flags.get_config_filename(FLAGS["config"]))
     run = runs.run if MODE.value == "train" else evaluate.run
     try:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax import models
+from rkd_jax.models import _conv
 
 
 class Row(NamedTuple):
@@ -44,9 +45,10 @@ def describe(name: str, num_classes: int = 100, image_size: int = 32) -> Row:
             macs.append(out.size * math.prod(context.module.variables["params"]["kernel"].shape[:-1]))
         return out
 
-    with nn.intercept_methods(count):
+    with nn.intercept_methods(count), _conv.xla_alone():
         outputs = jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
-    inference = jax.jit(lambda v, x: model.apply(v, x, train=False).logits).lower(variables, images)
+    with _conv.xla_alone():
+        inference = jax.jit(lambda v, x: model.apply(v, x, train=False).logits).lower(variables, images)
     return Row(
         models.resolve(name, image_size),
         sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
+from rkd_jax.models._conv import conv_general_dilated
+
 EPSILON = 1e-5  # of batch normalisation
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015; N(0, 2 / (k * k * out))
 torch_default = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's: U(-1/sqrt(in), 1/sqrt(in))
@@ -83,6 +85,7 @@ def conv(
     layer = nn.Conv(
         features, (kernel, kernel), strides=stride, padding=padding, feature_group_count=groups, dtype=x.dtype,
         use_bias=bias_init is not None, kernel_init=init, bias_init=bias_init or nn.initializers.zeros, name=name,
+        conv_general_dilated=conv_general_dilated,
     )  # fmt: skip
     return layer(x)
 

@@ -1,0 +1,428 @@
+"""Images per second of whole training steps, beside PyTorch; both sides in one run.
+
+    python -m benchmarks.train_step --pairs resnet56-resnet20 [--quick]
+
+A step takes a batch of 64 images, makes two views of each, applies the teacher once and the student once to each view,
+forward and, the student, backward, and updates by SGD. An image counts once, whatever its views. The sides:
+
+rkd_jax           the project's step: batch, views, networks, ranking_alignment and update, all on the device
+rkd_jax step      the same without augmentation: the images as they are, twice
+rkd_jax bfloat16  as the first, networks in bfloat16; GPU alone
+PyTorch as used   DataLoader with workers, PIL views, eager, NCHW, float32
+PyTorch step      eager, channels_last, float32; one batch that lies on the device, no augmentation
+PyTorch best      as that, with torch.compile, on a GPU with bfloat16 autocast too; left out where it does not work
+
+The PyTorch sides compute the loss as the squared difference of centred logits, which soft ranks are at eps = 1: it is
+the cheaper loss. Every repetition times each side once, in turn; times are medians, ratios medians over repetitions of
+PyTorch's time / ours. What the output file holds already of other pairs and stages is kept.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the GPU's memory too
+
+from rkd_jax import _memory
+
+if __name__ == "__main__":
+    _memory.keep()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from benchmarks import pil_views
+from rkd_jax import experiment, losses, methods, models, optim, steps, train
+from rkd_jax.data import augment
+from rkd_jax.models import __main__ as networks
+from tests import torch_networks
+
+BATCH = 64
+PAIRS = {  # teacher, student, side of the images, classes
+    "resnet56-resnet20": ("resnet56", "resnet20", 32, 100),
+    "resnet32x4-resnet8x4": ("resnet32x4", "resnet8x4", 32, 100),
+    "wrn_40_2-wrn_16_2": ("wrn_40_2", "wrn_16_2", 32, 100),
+    "ResNet50-MobileNetV2": ("ResNet50", "MobileNetV2", 32, 100),
+    "ResNet18-MobileNetV2-64": ("ResNet18", "MobileNetV2_64x64", 64, 200),
+}
+ON_GPU = jax.default_backend() == "gpu"
+NORMALIZATION = steps.Normalization((0.5,) * 3, (0.25,) * 3)
+
+
+def main():
+    """Measure every pair, print a table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
+    parser.add_argument("--quick", action="store_true", help="two repetitions; no torch.compile")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), help="default: all")
+    parser.add_argument("--output", type=Path, default=Path(f"results/train_step_{jax.default_backend()}.json"))
+    parser.add_argument("--alone", choices=["rkd_jax", "PyTorch"], help=argparse.SUPPRESS)
+    flags = parser.parse_args()
+    if flags.quick:
+        flags.repeats, flags.no_compile = 2, True
+    if flags.alone:
+        return alone(flags.alone, flags.pairs[0])
+    found = json.loads(flags.output.read_text()) if flags.output.exists() else {}
+    for pair in flags.pairs:
+        row = {stage: STAGES[stage](pair, flags) | {"provenance": train.provenance()} for stage in flags.stages}
+        print(json.dumps({stage: {k: v for k, v in row[stage].items() if k in SHOWN} for stage in row}, indent=1))
+        found[pair] = found.get(pair, {}) | row
+        flags.output.parent.mkdir(parents=True, exist_ok=True)
+        flags.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found))
+    return None
+
+
+def whole(pair, flags):
+    """Steps of every side: images per second, ratios, floating-point operations per second."""
+    ours, notes = Ours(pair), {"cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+    sides = {"rkd_jax": ours.stepper(), "rkd_jax step": ours.stepper(views=("none", "none"))}
+    if ON_GPU:
+        sides["rkd_jax bfloat16"] = Ours(pair, jnp.bfloat16).stepper()
+    sides |= {"PyTorch as used": torch_as_used(pair), "PyTorch step": torch_step(pair)}
+    if flags.no_compile:
+        notes["PyTorch best"] = "torch.compile was left out"
+    else:
+        try:
+            best = torch_step(pair, compiled=True)
+            best(1)
+            sides["PyTorch best"] = best
+        except Exception as error:  # whatever the compiler fails with
+            notes["PyTorch best"] = f"torch.compile failed: {type(error).__name__}: {str(error)[:200]}"
+    seconds = time_in_turn(sides, flags.repeats)
+    ratios = {
+        "whole step / PyTorch as used": ratio(seconds, "PyTorch as used", "rkd_jax"),
+        "step / PyTorch step": ratio(seconds, "PyTorch step", "rkd_jax step"),
+    }
+    if "PyTorch best" in seconds:
+        ours = "rkd_jax bfloat16" if ON_GPU else "rkd_jax step"
+        ratios["step / PyTorch best"] = ratio(seconds, "PyTorch best", ours)
+    return {
+        "images_per_second": {name: round(BATCH / np.median(s), 2) for name, s in seconds.items()},
+        "ratio": ratios,
+        "gflops": rates(pair, seconds),
+        "seconds": rounded(seconds),
+        "notes": notes,
+    }
+
+
+def parts(pair, flags):
+    """The step's parts, each jitted alone."""
+    seconds = time_in_turn(Ours(pair).parts(), flags.repeats)
+    return {"milliseconds": {name: round(1e3 * float(np.median(s)), 2) for name, s in seconds.items()}}
+
+
+def extras(pair, flags):
+    """What a larger set on the device costs, and the method beside kd: ratios of step times."""
+    ours = Ours(pair)
+    sides = {
+        "10,000 images": ours.stepper(10_000),
+        "50,000 images": ours.stepper(50_000),
+        "kd": Ours(pair, method="kd").stepper(),
+    }
+    seconds = time_in_turn(sides, flags.repeats)
+    ratios = {
+        "50,000 images / 10,000": ratio(seconds, "50,000 images", "10,000 images"),
+        "ranking_alignment / kd": ratio(seconds, "10,000 images", "kd"),
+    }
+    return {"ratio": ratios, "seconds": rounded(seconds)}
+
+
+def processes(pair, flags):
+    """Start-up and memory of each side in a process of its own."""
+    return {name: in_a_process(name, pair) for name in ("rkd_jax", "PyTorch")}
+
+
+STAGES = {"whole": whole, "parts": parts, "extras": extras, "processes": processes}
+SHOWN = ("images_per_second", "ratio", "gflops", "notes", "milliseconds", "rkd_jax", "PyTorch")
+
+
+def rounded(seconds):
+    """For the JSON."""
+    return {name: [round(value, 5) for value in s] for name, s in seconds.items()}
+
+
+def time_in_turn(sides, repeats):
+    """Seconds of a step of every side, [repeats] each; a side runs steps(n) and waits for the device."""
+    count = 20 if ON_GPU else 1
+    for run in sides.values():
+        run(2)
+    seconds = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run(count)
+            seconds[name].append((time.perf_counter() - start) / count)
+            if name == "PyTorch as used":
+                time.sleep(0.5)  # its workers fetch ahead
+    return seconds
+
+
+def ratio(seconds, theirs, ours):
+    """The median over the repetitions of their time / ours."""
+    return round(float(np.median(np.divide(seconds[theirs], seconds[ours]))), 3)
+
+
+# Our side.
+
+
+class Ours:
+    """A pair in rkd_jax, made as rkd_jax.experiment makes it, on random images."""
+
+    def __init__(self, pair, dtype=jnp.float32, method="ranking_alignment"):
+        teacher, student, self.side, self.classes = PAIRS[pair]
+        self.teacher, self.student = (models.create(name, self.classes, dtype) for name in (teacher, student))
+        self.method = methods.resolve(method, {}, "cifar100" if self.side == 32 else "tiny_imagenet", teacher, student)
+        self.tx = optim.create_optimizer(optim.create_schedule(0.025, (150,), 0.1, 100), 0.9, 5e-4, False)
+        self.variables = experiment.untrained(self.teacher, (self.side, self.side, 3))
+        self.mesh, self.rng, shape = steps.data_mesh(BATCH), jax.random.key(0), (self.side, self.side, 3)
+        networks = self.student, self.teacher, self.variables
+        state = steps.create_state(self.rng, *networks, self.method, self.tx, shape, BATCH)
+        self.state = steps.replicate(state, self.mesh)
+
+    def stepper(self, num_images=10_000, views=("weak", "strong")):
+        """A run of steps."""
+        images, labels = random_images(num_images, self.side, self.classes)
+        recipe = steps.Recipe(
+            views, "sum", {"padding": 4}, BATCH, num_images // BATCH, 10_000, NORMALIZATION, NORMALIZATION
+        )
+        inputs = steps.replicate(steps.Inputs(self.rng, images, labels, self.variables), self.mesh)
+        order = steps.replicate(steps.epoch_order(self.rng, 0, num_images), self.mesh)
+        train_step = steps.make_train_step(self.student, self.teacher, self.method, self.tx, recipe, self.mesh)
+        held = [jax.tree.map(jnp.copy, self.state)]  # it is donated
+
+        def run(count):
+            for _ in range(count):
+                held[0], _ = train_step(held[0], inputs, order)
+            jax.block_until_ready(held[0])
+
+        return run
+
+    def parts(self):
+        """The step's parts, each jitted alone, of both views."""
+        state, images = self.state, jnp.asarray(random_images(BATCH, self.side, self.classes)[0])
+        labels = jnp.asarray(random_images(BATCH, self.side, self.classes)[1])
+        x = augment.normalize(images, *NORMALIZATION)
+        logits = jax.random.normal(self.rng, (BATCH, self.classes)), jax.random.normal(self.rng, (BATCH, self.classes))
+
+        def views(rng, images):
+            return [augment.view(name, rng, images) for name in ("weak", "strong")]
+
+        def student(params, views):
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            return sum(
+                losses.cross_entropy(
+                    self.student.apply(variables, view, train=True, mutable=["batch_stats"])[0].logits, labels
+                ).mean()
+                for view in views
+            )
+
+        def loss(student, teacher):
+            distances = losses.ranking_alignment(student, teacher) + losses.cross_entropy(student, labels)
+            return 2 * distances.mean()
+
+        def optimizer(params, opt_state):
+            return self.tx.update(params, opt_state, params)
+
+        return {
+            "augment": repeated(views, self.rng, images),
+            "teacher": repeated(
+                lambda v, x: self.teacher.apply(v, x, train=False).logits,
+                jax.device_put(self.variables),
+                jnp.concatenate([x, x]),
+            ),
+            "student forward+backward": repeated(jax.grad(student), state.params["student"], [x, x]),
+            "loss": repeated(jax.grad(loss), *logits),
+            "optimizer": repeated(optimizer, state.params, state.opt_state),
+        }
+
+
+def repeated(function, *arguments):
+    """A run of a function, jitted alone."""
+    function = jax.jit(function)
+
+    def run(count):
+        for _ in range(count):
+            result = function(*arguments)
+        jax.block_until_ready(result)
+
+    return run
+
+
+def random_images(count, side, classes):
+    """uint8 images and int32 labels."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    return images, rng.integers(0, classes, count).astype(np.int32)
+
+
+# PyTorch's side.
+
+
+def torch_pair(pair, memory_format):
+    """Teacher, student and optimizer on the device."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.backends.cudnn.benchmark = True
+    device = "cuda" if ON_GPU else "cpu"
+    teacher, student = (torch_networks.create(name, PAIRS[pair][3]).to(device) for name in PAIRS[pair][:2])
+    teacher, student = teacher.eval().to(memory_format=memory_format), student.train().to(memory_format=memory_format)
+    return teacher, student, torch.optim.SGD(student.parameters(), 0.025, 0.9, weight_decay=5e-4), device
+
+
+def torch_update(teacher, student, optimizer, views, labels, autocast=False):
+    """One step on two views; mdistiller too applies both networks once a view."""
+    optimizer.zero_grad()
+    total = 0
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        for view in views:
+            with torch.no_grad():
+                t = teacher(view)[0]
+            s = student(view)[0].float()
+            t = t.float()
+            distance = (s - s.mean(1, keepdim=True) - t + t.mean(1, keepdim=True)).square().mean()
+            total = total + torch.nn.functional.cross_entropy(s, labels) + 5 * distance
+    total.backward()
+    optimizer.step()
+
+
+def wait():
+    """For the GPU, where there is one."""
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def torch_step(pair, compiled=False):
+    """Channels-last steps on a batch that lies on the device."""
+    teacher, student, optimizer, device = torch_pair(pair, torch.channels_last)
+    if compiled:
+        teacher, student = torch.compile(teacher), torch.compile(student)
+    images, labels = random_images(BATCH, PAIRS[pair][2], PAIRS[pair][3])
+    view = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.25)
+    view, labels = view.contiguous(memory_format=torch.channels_last), torch.from_numpy(labels).long().to(device)
+
+    def run(count):
+        for _ in range(count):
+            torch_update(teacher, student, optimizer, (view, view), labels, autocast=compiled and ON_GPU)
+        wait()
+
+    return run
+
+
+def torch_as_used(pair):
+    """Eager NCHW steps on what a DataLoader's workers make in PIL."""
+    teacher, student, optimizer, device = torch_pair(pair, torch.contiguous_format)
+    dataset = pil_views.TwoViews(*random_images(10_000, PAIRS[pair][2], PAIRS[pair][3]))
+    loader = torch.utils.data.DataLoader(
+        dataset, BATCH, shuffle=True, drop_last=True, num_workers=min(8, len(os.sched_getaffinity(0))),
+        persistent_workers=True, pin_memory=ON_GPU, multiprocessing_context="forkserver",
+    )  # fmt: skip
+
+    def forever():
+        while True:
+            yield from loader
+
+    batches = forever()
+
+    def run(count):
+        for _ in range(count):
+            *views, labels = (value.to(device, non_blocking=True) for value in next(batches))
+            torch_update(teacher, student, optimizer, views, labels)
+        wait()
+
+    return run
+
+
+# Rates, memory, start-up.
+
+
+def rates(pair, seconds):
+    """Billions of floating-point operations a second: of each side's step, and of a large matrix product."""
+    teacher, student, side, classes = PAIRS[pair]
+    macs = [sum_macs(name, classes, side) for name in (teacher, student)]
+    operations = 2 * 2 * BATCH * (macs[0] + 3 * macs[1])  # views, multiply and add
+    found = {name: round(operations / np.median(s) / 1e9, 1) for name, s in seconds.items()}
+    size = 8192 if ON_GPU else 2048
+    dtypes = {"float32": (jnp.float32, torch.float32)}
+    if ON_GPU:
+        dtypes["bfloat16"] = jnp.bfloat16, torch.bfloat16
+    for name, (ours, theirs) in dtypes.items():
+        a = jnp.ones((size, size), ours)
+        b = torch.ones((size, size), dtype=theirs, device="cuda" if ON_GPU else "cpu")
+
+        def torch_product(count, b=b):
+            for _ in range(count):
+                b @ b
+            wait()
+
+        products = time_in_turn({"jax": repeated(jnp.matmul, a, a), "torch": torch_product}, 5)
+        for side_name, s in products.items():
+            found[f"matrix product, {side_name} {name}"] = round(2 * size**3 / np.median(s) / 1e9, 1)
+    return found
+
+
+def sum_macs(name, classes, side):
+    """Multiply-adds of a network on one image."""
+    return 1e6 * networks.describe(name, classes, side).mmacs
+
+
+def in_a_process(name, pair):
+    """Start-up and memory of a side in a process of its own; wall seconds from its start to its end."""
+    start = time.perf_counter()
+    command = [sys.executable, "-m", "benchmarks.train_step", "--alone", name, "--pairs", pair]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.splitlines()[-1]) | {"process_seconds": round(time.perf_counter() - start, 1)}
+
+
+def alone(name, pair):
+    """One side's first step and five more; prints JSON."""
+    start = time.perf_counter()
+    if name == "rkd_jax":
+        run = Ours(pair).stepper()
+    else:
+        run = torch_step(pair)
+    run(1)
+    first = time.perf_counter() - start
+    run(5)
+    found = {
+        "until_first_step_seconds": round(first, 1),
+        "peak_resident_mb": peak_resident() >> 10,
+    }
+    if ON_GPU:
+        peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+        found["peak_device_mb"] = (peak if name == "rkd_jax" else torch.cuda.max_memory_allocated()) >> 20
+    print(json.dumps(found))
+
+
+def peak_resident():
+    """KiB; getrusage would count the parent's too."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
+def table(found):
+    """The pairs' whole steps as a Markdown table."""
+    rows = {pair: row["whole"] for pair, row in found.items() if "whole" in row}
+    columns = [
+        (kind, name)
+        for kind in ("images_per_second", "ratio")
+        for name in dict.fromkeys(name for row in rows.values() for name in row[kind])
+    ]
+    heads = [name if kind == "ratio" else f"{name}, images/s" for kind, name in columns]
+    lines = ["| pair | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    lines += [
+        f"| {pair} | " + " | ".join(str(row[kind].get(name, "")) for kind, name in columns) + " |"
+        for pair, row in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

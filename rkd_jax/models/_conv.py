@@ -1,0 +1,148 @@
+"""Convolutions for CPUs: the kernels of _conv.cc, compiled once by the machine's own compiler, and called through FFI.
+
+XLA runs small float32 convolutions on a CPU at a half, and their kernels' gradients at a fifth, of what the cores can
+do. Where a kernel of _conv.cc fits, it computes the convolution and its two transposes; all else, and every machine
+without a C++ compiler, has XLA's. RKD_JAX_CONV=xla in the environment chooses XLA's for everything.
+"""
+
+import contextlib
+import contextvars
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero, linear_call
+
+SOURCE = Path(__file__).with_suffix(".cc")
+LANES = 16  # channels come in multiples of the kernels' vectors
+NARROWEST = 8  # columns of the output, below which XLA is as fast
+_xla_alone = contextvars.ContextVar("xla_alone", default=False)
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
+
+
+def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
+    """`jax.lax.conv_general_dilated` as flax.linen.Conv calls it, on CPU by the fastest way."""
+    size, stride, side = kernel.shape[0], strides[0], padding[0][0]
+    plain = (
+        (kernel.ndim, kernel.shape[1], tuple(strides)) == (4, size, (stride, stride))
+        and all(pair == (side, side) for pair in padding)
+        and options["feature_group_count"] == 1
+        and set(options["lhs_dilation"]) == set(options["rhs_dilation"]) == {1}
+    )
+    if not plain or _xla_alone.get() or not available():
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    if (size, stride, side) == (1, 1, 0):  # of pixels in one row
+        batch, height, width, channels = x.shape
+        y = _conv(stride, side, x.reshape(batch, 1, height * width, channels), kernel)
+        return y.reshape(batch, height, width, -1)
+    return _conv(stride, side, x, kernel)
+
+
+@contextlib.contextmanager
+def xla_alone() -> Iterator[None]:
+    """Traces XLA's convolutions, whose costs its analysis knows."""
+    token = _xla_alone.set(True)
+    try:
+        yield
+    finally:
+        _xla_alone.reset(token)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _conv(stride: int, padding: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _forward(x, kernel, stride, padding)
+
+
+@functools.partial(_conv.defjvp, symbolic_zeros=True)
+def _conv_jvp(stride: int, padding: int, primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+    """The convolution is linear in each operand: two linear maps, each with its transpose."""
+    (x, kernel), (dx, dkernel) = primals, tangents
+    y, change = _conv(stride, padding, x, kernel), []
+    if not isinstance(dx, SymbolicZero):
+        transpose = functools.partial(_transpose_input, shape=x.shape, stride=stride, padding=padding)
+        change.append(linear_call(lambda kernel, dx: _forward(dx, kernel, stride, padding), transpose, kernel, dx))
+    if not isinstance(dkernel, SymbolicZero):
+        transpose = functools.partial(_transpose_kernel, shape=kernel.shape, stride=stride, padding=padding)
+        change.append(linear_call(lambda x, dkernel: _forward(x, dkernel, stride, padding), transpose, x, dkernel))
+    return y, sum(change[1:], start=change[0]) if change else jnp.zeros_like(y)
+
+
+def _forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    shape = jax.eval_shape(lambda x, kernel: _xla(x, kernel, stride, padding), x, kernel).shape
+    if x.dtype == kernel.dtype == jnp.float32 and shape[3] % LANES == 0 and shape[2] >= NARROWEST:
+        return _call("rkd_conv", shape, x, kernel, stride, padding)
+    return _xla(x, kernel, stride, padding)
+
+
+def _transpose_input(kernel: jax.Array, dy: jax.Array, shape: tuple, stride: int, padding: int) -> jax.Array:
+    """The gradient of the input [B, H, W, K]: at stride 1, a convolution with the kernel turned by 180 degrees."""
+    if stride == 1 and padding < len(kernel):
+        return _forward(dy, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), 1, len(kernel) - 1 - padding)
+    x = jax.ShapeDtypeStruct(shape, dy.dtype)
+    return jax.linear_transpose(lambda x: _xla(x, kernel, stride, padding), x)(dy)[0]
+
+
+def _transpose_kernel(x: jax.Array, dy: jax.Array, shape: tuple, stride: int, padding: int) -> jax.Array:
+    """The gradient of the kernel [k, k, K, C]."""
+    size, _, channels, features = shape
+    if (size, stride, padding) == (1, 1, 0) and (channels % 32 or features % LANES):
+        return jnp.einsum("bhwi,bhwo->io", x, dy)[None, None]
+    if x.dtype == dy.dtype == jnp.float32 and channels % LANES == features % LANES == channels % min(channels, 32) == 0:
+        return _call("rkd_conv_gradient", shape, x, dy, stride, padding)
+    kernel = jax.ShapeDtypeStruct(shape, x.dtype)
+    return jax.linear_transpose(lambda kernel: _xla(x, kernel, stride, padding), kernel)(dy)[0]
+
+
+def _xla(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    if kernel.shape[:2] == (1, 1) and stride == 1 and not padding:
+        return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
+    return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, [(padding,) * 2] * 2, dimension_numbers=numbers)
+
+
+def _call(name: str, shape: tuple, x: jax.Array, other: jax.Array, stride: int, padding: int) -> jax.Array:
+    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
+    return call(x, other, stride=np.int64(stride), padding=np.int64(padding))
+
+
+# The library.
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this process has one CPU device and the kernels for it; compiles them where they are not yet."""
+    if os.environ.get("RKD_JAX_CONV") == "xla" or jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return False
+    try:
+        library = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    for name in ("rkd_conv", "rkd_conv_gradient"):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return True
+
+
+def _compiled() -> Path:
+    """The shared library of _conv.cc for this processor and this jaxlib, in the user's cache."""
+    compiler = os.environ.get("CXX", "c++")
+    native = subprocess.run([compiler, "-march=native", "-Q", "--help=target"], capture_output=True, check=True).stdout
+    facts = SOURCE.read_bytes(), native, " ".join(FLAGS).encode(), jax.lib.__version__.encode()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rkd_jax"
+    library = folder / f"conv_{hashlib.sha256(b''.join(facts)).hexdigest()[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as fresh:
+            output = Path(fresh) / library.name
+            command = [compiler, *FLAGS, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(output)]
+            subprocess.run(command, check=True, capture_output=True)
+            output.replace(library)
+    return library

@@ -1,0 +1,106 @@
+"""The CPU's convolutions against XLA's own, their gradients in float64, and what falls back."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rkd_jax.models import _conv
+
+NUMBERS = ("NHWC", "HWIO", "NHWC")
+KINDS = {  # side, channels, features, kernel, stride, padding, groups
+    "stem": (32, 3, 16, 3, 1, 1, 1),
+    "16": (32, 16, 16, 3, 1, 1, 1),
+    "32": (16, 32, 32, 3, 1, 1, 1),
+    "64": (8, 64, 64, 3, 1, 1, 1),
+    "48 to 16": (9, 48, 16, 3, 1, 1, 1),
+    "narrow": (4, 32, 32, 3, 1, 1, 1),
+    "strided": (32, 16, 32, 3, 2, 1, 1),
+    "strided, odd": (17, 32, 64, 3, 2, 1, 1),
+    "1x1": (8, 64, 32, 1, 1, 0, 1),
+    "1x1 narrow": (2, 32, 64, 1, 1, 0, 1),
+    "1x1 of 12 channels": (8, 12, 72, 1, 1, 0, 1),
+    "1x1 strided": (16, 32, 64, 1, 2, 0, 1),
+    "1x1 padded": (16, 32, 32, 1, 1, 1, 1),
+    "depthwise": (8, 24, 24, 3, 1, 1, 24),
+    "grouped": (8, 24, 48, 1, 1, 0, 3),
+}
+
+
+def operands(side, channels, features, kernel, stride, padding, groups, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, side, side, channels)).astype(dtype)
+    w = rng.normal(size=(kernel, kernel, channels // groups, features)).astype(dtype)
+    options = {
+        "strides": (stride, stride), "padding": [(padding, padding)] * 2, "lhs_dilation": (1, 1),
+        "rhs_dilation": (1, 1), "dimension_numbers": NUMBERS, "feature_group_count": groups, "precision": None,
+    }  # fmt: skip
+    return x, w, functools.partial(_conv.conv_general_dilated, **options)
+
+
+def reference(convolve):
+    options = dict(convolve.keywords)
+    return lambda x, w: jax.lax.conv_general_dilated(x, w, options["strides"], options["padding"], **rest(options))
+
+
+def rest(options):
+    return {name: value for name, value in options.items() if name not in ("strides", "padding")}
+
+
+def all_of(convolve, x, w):
+    """The convolution, its derivative along (x, w), and the gradients of half its square."""
+    y, tangent = jax.jvp(convolve, (x, w), (x, w))
+    return y, tangent, *jax.grad(lambda x, w: (convolve(x, w) ** 2).sum() / 2, (0, 1))(x, w)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_convolution_and_gradients_are_xlas_in_float64(kind):
+    x, w, convolve = operands(*KINDS[kind])
+    with jax.enable_x64(True):
+        wanted = jax.jit(functools.partial(all_of, reference(convolve)))(np.float64(x), np.float64(w))
+    for found, exact in zip(jax.jit(functools.partial(all_of, convolve))(x, w), wanted, strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, exact, rtol=0, atol=2e-6 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+@pytest.mark.parametrize("kind", ["16", "strided", "1x1"])
+def test_other_dtypes_are_xlas(kind, dtype):
+    with jax.enable_x64(True):
+        x, w, convolve = operands(*KINDS[kind], dtype=dtype)
+        for found, wanted in zip(all_of(convolve, x, w), all_of(reference(convolve), x, w), strict=True):
+            assert found.dtype == dtype
+            scale, eps = float(jnp.abs(wanted).max()), float(jnp.finfo(dtype).eps)
+            np.testing.assert_allclose(np.float64(found), np.float64(wanted), rtol=0, atol=16 * scale * eps)
+
+
+def test_gradients_repeat_bit_for_bit():
+    x, w, convolve = operands(*KINDS["32"])
+    function = jax.jit(functools.partial(all_of, convolve))
+    first = function(x, w)
+    for _ in range(5):
+        for a, b in zip(first, function(x, w), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_vmap_and_eval_shape():
+    x, w, convolve = operands(*KINDS["16"])
+    stacked = jax.jit(jax.vmap(convolve, (None, 0)))(x, np.stack([w, 2 * w]))
+    np.testing.assert_allclose(stacked[1], 2 * stacked[0], rtol=1e-6, atol=1e-5)
+    assert jax.eval_shape(convolve, x, w).shape == stacked.shape[1:]
+
+
+@pytest.mark.parametrize("how", ["RKD_JAX_CONV", "CXX", "devices"])
+def test_without_the_kernels_it_is_xlas(how, tmp_path):
+    environment = {
+        "RKD_JAX_CONV": {"RKD_JAX_CONV": "xla"},
+        "CXX": {"CXX": "no-such-compiler"},
+        "devices": {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    }[how]
+    code = "from rkd_jax.models import _conv; assert not _conv.available()"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | environment, check=True)
