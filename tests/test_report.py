@@ -90,25 +90,25 @@ def test_plan_names_runs_and_puts_teachers_first():
     names = [each.name for each in planned]
     place = "cifar100_resnet32x4_resnet8x4/"
     assert names[:4] == [
-        "cifar100_resnet8x4/cross_entropy-seed0",
         "cifar100_resnet32x4/teacher-seed0",
+        "cifar100_resnet8x4/cross_entropy-seed0",
         place + "kd-seed0",
         place + "ranking_alignment-kind=l1-seed0",
     ]
     assert planned[2].config.teacher_checkpoint == "w/full/cifar100_resnet32x4/teacher-seed0/best"
     assert planned[-1].config.seed == 1
     sizes = [len(group) for group in run.groups(planned, 3)]
-    assert sizes == [1, 1, 3, 2, 1, 3, 2]  # student alone, teacher, the pair; the second seed
+    assert sizes == [1, 3, 3, 3, 3]  # the teacher, the first seed, the second
     planned = run.plan(cells.select([1], 1, pairs=[PAIR]), "full", Path("w"), Path("none"))
-    assert ["takd" in group[0].name for group in run.groups(planned, 99)] == [False, False, False, True]
+    assert ["takd" in group[0].name for group in run.groups(planned, 99)] == [False, False, True]
 
 
 def test_given_teacher_is_found_and_not_trained(teacher, tmp_path):
     (tmp_path / "resnet32x4").mkdir()
     (tmp_path / "resnet32x4" / "best").symlink_to(teacher)
     planned = run.plan(cells.select([4], 1), "full", Path("w"), tmp_path)
-    assert planned[1].given == tmp_path / "resnet32x4" / "best"
-    assert planned[2].config.teacher_checkpoint == str(planned[1].given)
+    assert planned[0].given == tmp_path / "resnet32x4" / "best"
+    assert planned[2].config.teacher_checkpoint == str(planned[0].given)
     assert all(each.given is None for each in run.plan(cells.select([4], 1), "smoke", Path("w"), tmp_path))
 
 
@@ -164,7 +164,7 @@ def test_interrupted_command_goes_on(flags, trainer, tmp_path, capsys):
     assert there == ["cross_entropy-seed0.json", "teacher-seed0.json"]
     trainer.errors.clear()
     run.main(flags)
-    assert trainer.names == ["cross_entropy-seed0", "teacher-seed0", "kd-seed0", "kd-seed0"]
+    assert trainer.names == ["teacher-seed0", "cross_entropy-seed0", "kd-seed0", "kd-seed0"]
     run.main(flags)
     assert len(trainer.names) == 4
     assert "3 runs for 3 cells; 0 to be run" in capsys.readouterr().out
@@ -178,11 +178,7 @@ def test_diverged_run_does_not_stop_the_others(flags, trainer, tmp_path):
     trainer.errors["kd-seed0"] = FloatingPointError("the loss of step 3 is not finite")
     with pytest.raises(SystemExit, match=r"(?s)these runs diverged.*kd-seed0: the loss of step 3"):
         run.main([*flags, "--table", "4", "--together", "3"])
-    assert trainer.names[-3:] == [
-        "kd-seed0",
-        "ranking_alignment-kind=l1-seed0",
-        "ranking_alignment-kind=spearman-seed0",
-    ]
+    assert trainer.names[-3:] == ["cross_entropy-seed0", "kd-seed0", "ranking_alignment-kind=l1-seed0"]  # one by one
     assert len(list(tmp_path.glob("r/smoke/*/*.json"))) == 6
 
 
@@ -237,9 +233,12 @@ def test_markdown_has_ours_beside_the_papers(tmp_path):
     text = tables.markdown([4], "full", tables.load(tmp_path, "full"))
     assert text.endswith(EXPECTED)
     assert "*Paper*: as the paper states it" in text
+    wide = tables.markdown([1], "full", tables.load(tmp_path, "full"))
+    assert "| ranking alignment | (72.39) | 77.00 ± 1.41 (77.97) | (77.13) | (75.98) | (75.84) | (75.29) |\n" in wide
     toy = tables.markdown([2], "smoke", tables.load(tmp_path, "smoke"))
     assert "a toy, not comparable with the paper" in toy
     assert "ifference" not in toy
+    assert "| CRLD | (78.27) | (70.39) | (71.36) |  |  |\n" in toy
     assert "| CRLD |  |  |  |  |\n" in toy  # missing in the paper, and in ours
     assert "Ours: none yet." in toy
 

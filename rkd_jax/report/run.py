@@ -34,13 +34,14 @@ class Run(NamedTuple):
 
     @property
     def group(self) -> tuple:
-        """Runs of one group have the data, the views, the networks and the seed in common, and may be run as one."""
-        alone = self.given or hasattr(experiment.create_method(self.config), "links")
-        return _place(self.config), self.config.seed, self.name if alone else ""
+        """Runs of one group have their data, views, teacher (if any) and seed in common, and may be run as one."""
+        pair, name, seed = self.cells[0]
+        alone = name == "teacher" or hasattr(experiment.create_method(self.config), "links")
+        return pair, seed, self.name if alone else ""
 
 
 def plan(chosen: Iterable[cells.Cell], scale: str, workdir: Path, teachers: Path) -> list[Run]:
-    """The runs of some cells, each after its teacher's; cells with the same config share one.
+    """The runs of some cells, the teachers' first; cells with the same config share one.
 
     That happens where pairs have one teacher, or one student alone, in common, and everywhere in a toy.
     """
@@ -62,7 +63,7 @@ def plan(chosen: Iterable[cells.Cell], scale: str, workdir: Path, teachers: Path
 
     for cell in chosen:
         add(cell)
-    return list(found.values())
+    return sorted(found.values(), key=lambda run: run.cells[0].name != "teacher")
 
 
 def _place(config: ConfigDict) -> str:

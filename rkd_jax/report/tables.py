@@ -13,9 +13,10 @@ from rkd_jax.report import cells, paper, run
 Found = dict[tuple[str, str], list[dict[str, Any]]]  # pair and cell -> the results, by seed
 
 NOTE = (
-    "Top-1 accuracy in percent. *Paper*: as the paper states it. *Best*, *last*: ours, of the best and of the last "
-    "epoch; mean ± standard deviation over seeds. Empty: not in the paper, or not run. The student alone (CE) is "
-    "trained on the views and epochs of the distilled ones; the paper's number is of a shorter recipe on one view."
+    "Top-1 accuracy in percent. *Paper*, and numbers in brackets: as the paper states them. *Best*, *last*: ours, of "
+    "the best and of the last epoch; mean ± standard deviation over seeds. Empty: not in the paper, or not run. Our "
+    "student alone (CE) and KD have the views and epochs of the paper's method; the paper's numbers for them are, on "
+    "CIFAR-100, those that RepDistiller published, of 240 epochs on one weak view."
 )
 DIFFERENCE = " *Difference*: our best minus the paper's number."
 
@@ -37,15 +38,32 @@ def load(results: Path, scale: str) -> Found:
 
 
 def markdown(numbers: Collection[int], scale: str, found: Found) -> str:
-    """The tables, a part for each pair."""
+    """The tables: as the paper has them where they have several pairs, and then a part for each pair."""
     size = cells.SCALES[scale]
     note = NOTE + (DIFFERENCE if size.toy is None else "")
     lines = [f"# The paper's tables, scale {scale}", "", f"Scale {scale}: {size.text}.", "", note]
     for table in (table for table in paper.TABLES if table.number in numbers):
         lines += ["", f"## Table {table.number}: {table.title} (scale {scale})"]
+        lines += ["", *overview(table, found)] if len(table.pairs) > 1 else []
         for column, pair in enumerate(table.pairs):
             lines += ["", f"### {paper.PAIRS[pair]}", "", *part(table, column, scale, found)]
     return "\n".join(lines) + "\n"
+
+
+def overview(table: paper.Table, found: Found) -> list[str]:
+    """The lines of a table in the paper's form: our best, and in brackets the paper's number."""
+    rows = [
+        [
+            row.name,
+            *(_both(found.get((pair, row.cell), []), x) for pair, x in zip(table.pairs, row.numbers, strict=True)),
+        ]
+        for row in table.rows
+    ]
+    return _lines(["best (paper)", *(paper.PAIRS[pair] for pair in table.pairs)], rows)
+
+
+def _both(ours: Sequence[Mapping[str, Any]], number: float | None) -> str:
+    return f"{spread(_top1(ours, 'best'))} {'' if number is None else f'({number:.2f})'}".strip()
 
 
 def part(table: paper.Table, column: int, scale: str, found: Found) -> list[str]:
@@ -58,12 +76,20 @@ def part(table: paper.Table, column: int, scale: str, found: Found) -> list[str]
         rows.append(_row(row.name, row.numbers[column], ours))
     if cells.SCALES[scale].toy is not None:  # a difference from the paper's would say nothing
         header, rows = header[:-1], [row[:-1] for row in rows]
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines] + ["", source(used)]
+    return [*_lines(header, rows), "", source(used)]
+
+
+def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    ruler = ["---"] + ["---:"] * (len(header) - 1)
+    return ["| " + " | ".join(line) + " |" for line in (header, ruler, *rows)]
+
+
+def _top1(results: Sequence[Mapping[str, Any]], which: str) -> list[float]:
+    return [result[which]["top1"] for result in results]
 
 
 def _row(name: str, number: float | None, ours: Sequence[Mapping[str, Any]]) -> list[str]:
-    best, last = ([result[which]["top1"] for result in ours] for which in ("best", "last"))
+    best, last = _top1(ours, "best"), _top1(ours, "last")
     difference = f"{statistics.mean(best) - number:+.2f}" if ours and number is not None else ""
     count = str(len(ours)) if ours else ""
     return [name, "" if number is None else f"{number:.2f}", spread(best), spread(last), count, difference]
