@@ -232,7 +232,7 @@ def test_markdown_has_ours_beside_the_papers(tmp_path):
     put(tmp_path, "full", cells.Cell(PAIR, "ranking_alignment", 1), 78.0, 77.0)
     text = tables.markdown([4], "full", tables.load(tmp_path, "full"))
     assert text.endswith(EXPECTED)
-    assert "*Paper*: as the paper states it" in text
+    assert "*Paper*, and numbers in brackets: as the paper states them" in text
     wide = tables.markdown([1], "full", tables.load(tmp_path, "full"))
     assert "| ranking alignment | (72.39) | 77.00 ± 1.41 (77.97) | (77.13) | (75.98) | (75.84) | (75.29) |\n" in wide
     toy = tables.markdown([2], "smoke", tables.load(tmp_path, "smoke"))
