@@ -1,0 +1,213 @@
+"""Runs what the paper's tables need and is not yet in the results: `python -m rkd_jax.report.run --table 4`.
+
+Interrupted, the same command goes on where it was. `python -m rkd_jax.report.tables` prints the tables.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+
+from rkd_jax import evaluate, experiment, runs, train
+from rkd_jax.report import cells, paper
+
+
+class Run(NamedTuple):
+    """What is run once, for one or more cells."""
+
+    name: str  # of its folder: data set, networks, cell, seed
+    folder: Path
+    config: ConfigDict
+    cells: list[cells.Cell]
+    given: Path | None = None  # a network that is there: evaluated, not trained
+
+    @property
+    def network(self) -> Path:
+        """Its network, where another run has it as its teacher."""
+        return self.given or self.folder / "best"
+
+    @property
+    def group(self) -> tuple:
+        """Runs of one group have their data, views, teacher (if any) and seed in common, and may be run as one."""
+        pair, name, seed = self.cells[0]
+        alone = name == "teacher" or hasattr(experiment.create_method(self.config), "links")
+        return pair, seed, self.name if alone else ""
+
+
+def plan(chosen: Iterable[cells.Cell], scale: str, workdir: Path, teachers: Path) -> list[Run]:
+    """The runs of some cells, the teachers' first; cells with the same config share one.
+
+    That happens where pairs have one teacher, or one student alone, in common, and everywhere in a toy.
+    """
+    found: dict[str, Run] = {}
+
+    def add(cell: cells.Cell) -> Run:
+        config = cells.configure(cell, scale)
+        if config.teacher:
+            config.teacher_checkpoint = str(add(cell._replace(name="teacher", seed=0)).network)
+        name = f"{_place(config)}/{cell.name}-seed{cell.seed}"
+        if name not in found:
+            given = None
+            if cell.name == "teacher" and cells.SCALES[scale].toy is None:
+                given = find(teachers, config.student)
+            found[name] = Run(name, workdir / scale / name, config, [], given)
+        if cell not in found[name].cells:
+            found[name].cells.append(cell)
+        return found[name]
+
+    for cell in chosen:
+        add(cell)
+    return sorted(found.values(), key=lambda run: run.cells[0].name != "teacher")
+
+
+def _place(config: ConfigDict) -> str:
+    return "_".join(filter(None, (config.dataset, config.teacher, config.student)))
+
+
+def find(teachers: Path, network: str) -> Path | None:
+    """The folder of a network under `teachers`: NAME or NAME/best, as written or in lower case."""
+    for path in (teachers / network, teachers / network.lower()):
+        for folder in (path, path / "best"):
+            if (folder / "metadata.json").is_file():
+                return folder
+    return None
+
+
+def missing(planned: Sequence[Run], results: Path, scale: str) -> list[Run]:
+    """The runs that lack a result, and the teachers that those need and whose network is gone."""
+    lacking = {run.name for run in planned if not all(cell.path(results, scale).exists() for cell in run.cells)}
+    needed = {run.config.teacher_checkpoint for run in planned if run.name in lacking}
+    gone = {
+        run.name
+        for run in planned
+        if str(run.network) in needed and not run.given and not (run.folder / "summary.json").exists()
+    }
+    return [run for run in planned if run.name in lacking | gone]
+
+
+def groups(todo: Iterable[Run], together: int) -> list[list[Run]]:
+    """The runs in groups of at most `together`, in order."""
+    found: dict[tuple, list[Run]] = {}
+    for run in todo:
+        found.setdefault(run.group, []).append(run)
+    return [group[i : i + together] for group in found.values() for i in range(0, len(group), together)]
+
+
+def execute(todo: Sequence[Run], results: Path, scale: str, together: int = 1) -> list[str]:
+    """Runs what is to be run and writes its cells' results; returns the errors of runs that diverged.
+
+    Where one of a group diverges, its runs go on one by one.
+    """
+    for config in {run.config.dataset: run.config for run in todo}.values():
+        experiment.load_splits(experiment.Fields(config.to_dict()))  # what is not there is said before the first run
+    errors, queue = [], groups(todo, together)
+    for place, group in enumerate(queue, start=1):
+        names = ", ".join(run.name for run in group)
+        print(f"\n[{place}/{len(queue)}] {names}", flush=True)
+        try:
+            summaries = summarize(group)
+        except FloatingPointError as error:
+            print(f"Error: {error}")
+            if len(group) > 1:
+                queue += [[run] for run in group]
+            else:
+                errors.append(f"{names}: {error}")
+            continue
+        for run, summary in zip(group, summaries, strict=True):
+            for cell in run.cells:
+                write(cell, run, summary, results, scale)
+        jax.clear_caches()
+    return errors
+
+
+def summarize(group: Sequence[Run]) -> list[dict[str, Any]]:
+    """The summaries of a group's runs: trained, or of a network that is there, evaluated."""
+    if group[0].given:
+        (run,) = group
+        result = evaluate.evaluate(run.config, run.given)
+        return [{"best": result, "last": result, "given": str(run.given), **train.provenance()}]
+    return train_members([(run.config, run.folder) for run in group])
+
+
+def train_members(members: Sequence[tuple[ConfigDict, Path]]) -> list[dict[str, Any]]:
+    """Trains a group's runs, one after another; each goes on where it was."""
+    return [runs.distil(config, folder) for config, folder in members]
+
+
+def write(cell: cells.Cell, run: Run, summary: dict[str, Any], results: Path, scale: str) -> None:
+    """Writes a cell's file, whole or not at all."""
+    path = cell.path(results, scale)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place = {"scale": scale, "pair": cell.pair, "cell": cell.name, "seed": cell.seed, "tables": cell.tables()}
+    record = place | {"run": run.name} | summary
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(record, indent=1) + "\n")
+    fresh.replace(path)
+
+
+def describe(planned: Sequence[Run], todo: Sequence[Run], scale: str) -> str:
+    """The plan as text."""
+    waiting = {run.name for run in todo}
+    lines = [f"scale {scale}: {cells.SCALES[scale].text}"]
+    for run in planned:
+        if run.name not in waiting:
+            state = "in results"
+        elif run.given:
+            state = "evaluate"
+        else:
+            state = "go on" if (run.folder / "config.json").exists() else "run"
+        where = f", {run.given}" if run.given else ""
+        lines.append(f"{state:10}  {run.name}{where} ({len(run.cells)} cell{'s' * (len(run.cells) > 1)})")
+    total = sum(len(run.cells) for run in planned)
+    return "\n".join([*lines, f"{len(planned)} runs for {total} cells; {len(todo)} to be run"])
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that the tables have too."""
+    numbers = sorted({table.number for table in paper.TABLES})
+    choices = (*map(str, numbers), "all")
+    parser.add_argument("--table", nargs="+", choices=choices, default=["all"], help="the paper's tables")
+    parser.add_argument("--scale", choices=tuple(cells.SCALES), default="full", help="how large the runs are")
+    parser.add_argument("--results", type=Path, default=Path("results/tables"), help="where the results are")
+
+
+def table_numbers(given: Sequence[str]) -> list[int]:
+    """The numbers that --table names."""
+    return sorted({table.number for table in paper.TABLES if "all" in given or str(table.number) in given})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m rkd_jax.report.run", description=__doc__.splitlines()[0])
+    add_flags(parser)
+    parser.add_argument("--seeds", type=int, default=3, help="this many, from 0")
+    parser.add_argument("--only", nargs="+", default=(), metavar="PAIR", help="pairs by their configs' names")
+    parser.add_argument("--methods", nargs="+", default=(), metavar="METHOD", help="these methods alone, or teacher")
+    parser.add_argument("--teachers", type=Path, default=Path("runs/teachers"), help="it holds NAME or NAME/best")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/report"), help="where the runs are kept")
+    parser.add_argument("--together", type=int, default=1, help="train up to this many runs of a pair as one")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be run")
+    flags = parser.parse_args(arguments)
+    logging.set_verbosity(logging.WARNING)
+    if min(flags.seeds, flags.together) < 1:
+        parser.error("--seeds and --together have to be 1 or more")
+    try:
+        chosen = cells.select(table_numbers(flags.table), flags.seeds, flags.only, flags.methods)
+        planned = plan(chosen, flags.scale, flags.workdir, flags.teachers)
+        todo = missing(planned, flags.results, flags.scale)
+        print(describe(planned, todo, flags.scale), flush=True)
+        errors = [] if flags.dry_run else execute(todo, flags.results, flags.scale, flags.together)
+    except (ValueError, OSError) as error:
+        sys.exit(f"Error: {error}")
+    if errors:
+        sys.exit("\n".join(["Error: these runs diverged; the others are done:", *errors]))
+
+
+if __name__ == "__main__":
+    main()

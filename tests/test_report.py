@@ -1,0 +1,283 @@
+"""The paper's tables: its numbers, the plan of what to run, resuming, and the Markdown."""
+
+import importlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rkd_jax import data, methods
+from rkd_jax.report import cells, paper, run, tables
+
+PAIR = "cifar100_res32x4_res8x4"
+EVERY = [1, 2, 3, 4, 5]
+
+
+def test_paper_is_complete():
+    shapes = [(t.number, len(t.rows), len(t.pairs)) for t in paper.TABLES]
+    assert shapes == [(1, 21, 6), (2, 21, 5), (3, 9, 2), (4, 6, 1), (5, 5, 1), (5, 5, 1)]
+    assert all(len(row.numbers) == len(t.pairs) for t in paper.TABLES for row in t.rows)
+    assert sum(x is None for t in paper.TABLES for row in t.rows for x in row.numbers) == 3
+    rows = [(t, row) for t in paper.TABLES for row in t.rows]
+    known = {(t.number, row.name, pair): x for t, row in rows for pair, x in zip(t.pairs, row.numbers, strict=True)}
+    assert known[1, "FCFD", "cifar100_res110_res32"] is None
+    assert known[1, "MLKD", PAIR] == 77.08
+    assert known[2, "CRLD", "cifar100_res50_mv2"] == 71.36
+    assert known[3, "KD + DOT", "tinyimagenet_res18_sv2"] == 65.75
+    assert known[4, "CE + RA(Spearman)", PAIR] == 77.44
+    assert known[5, "10", "tinyimagenet_res18_mv2"] == 64.30
+    for t in paper.TABLES:  # the paper's method is the best of its table, but for the teacher
+        for column in range(len(t.pairs)):
+            ours = [row.numbers[column] for row in t.rows if row.cell == "ranking_alignment"]
+            assert ours == [max(row.numbers[column] or 0 for row in t.rows if row.cell != "teacher")]
+
+
+def test_columns_are_the_configs_pairs():
+    for pair, name in paper.PAIRS.items():
+        config = importlib.import_module(f"configs.{pair}").get_config()
+        assert name == f"{config.teacher} > {config.student}"
+        assert pair.startswith(config.dataset.replace("_", ""))
+
+
+def test_every_cell_is_a_config_of_its_method():
+    for scale in cells.SCALES:
+        for cell in cells.select(EVERY, 1):
+            config = cells.configure(cell, scale)
+            assert config.method == ("cross_entropy" if cell.name == "teacher" else cell.method)
+    (lam,) = (row for row in paper.TABLES[4].rows if row.name == "0.1")
+    assert cells.configure(cells.Cell(PAIR, lam.cell, 2), "full").lam == 0.1
+    for t in paper.TABLES[4:]:  # the row without a lambda is the one of the default
+        (row,) = (row for row in t.rows if row.cell == "ranking_alignment")
+        dataset = cells.configure(cells.Cell(t.pairs[0], row.cell, 0), "full").dataset
+        assert methods.resolve("ranking_alignment", {}, dataset).lam == float(row.name)
+
+
+def test_full_is_the_pairs_config_and_short_a_tenth_of_it():
+    pair = importlib.import_module(f"configs.{PAIR}").get_config()
+    pair.update(method="dkd", seed=1)
+    cell = cells.Cell(PAIR, "dkd", 1)
+    assert cells.configure(cell, "full").to_dict() == pair.to_dict()
+    short = cells.configure(cell, "short")
+    assert (short.num_epochs, short.decay_epochs, short.warmup_epochs) == (30, (15, 18, 21), 2)
+    assert short.num_train == 10_000
+    teacher = cells.configure(cell._replace(name="teacher"), "full")
+    assert (teacher.student, teacher.num_epochs, teacher.views) == ("resnet32x4", 240, "weak")
+
+
+def counts(numbers, seeds, scale="full", **where):
+    chosen = cells.select(numbers, seeds, **where)
+    return len(chosen), len(run.plan(chosen, scale, Path("w"), Path("none")))
+
+
+def test_plan_shares_what_cells_have_in_common():
+    # A table's teachers and students alone are shared between its pairs; Tables 4 and 5 have cells of Table 1.
+    assert counts([1], 1) == (6 * 12, 5 + 6 + 6 * 10)
+    assert counts([1], 3) == (6 + 3 * 6 * 11, 5 + 3 * (6 + 6 * 10))
+    assert counts([2], 1) == (5 * 12, 4 + 3 + 5 * 10)
+    assert counts([3], 1) == (2 * 7, 1 + 2 + 2 * 5)
+    assert counts([4], 1) == (6, 6 + 1)  # and the teacher
+    assert counts([5], 1) == (10, 10 + 2)
+    assert counts([1, 4, 5], 1, pairs=[PAIR]) == (12 + 3 + 4, 12 + 3 + 4)
+    assert counts(EVERY, 1, "smoke") == (157, 22)
+    assert counts(EVERY, 1, names=["cross_entropy"]) == (13, 11)  # no teacher is asked for
+
+
+def test_plan_names_runs_and_puts_teachers_first():
+    chosen = cells.select([4], 2)
+    planned = run.plan(chosen, "full", Path("w"), Path("none"))
+    names = [each.name for each in planned]
+    place = "cifar100_resnet32x4_resnet8x4/"
+    assert names[:4] == [
+        "cifar100_resnet32x4/teacher-seed0",
+        "cifar100_resnet8x4/cross_entropy-seed0",
+        place + "kd-seed0",
+        place + "ranking_alignment-kind=l1-seed0",
+    ]
+    assert planned[2].config.teacher_checkpoint == "w/full/cifar100_resnet32x4/teacher-seed0/best"
+    assert planned[-1].config.seed == 1
+    sizes = [len(group) for group in run.groups(planned, 3)]
+    assert sizes == [1, 3, 3, 3, 3]  # the teacher, the first seed, the second
+    planned = run.plan(cells.select([1], 1, pairs=[PAIR]), "full", Path("w"), Path("none"))
+    assert ["takd" in group[0].name for group in run.groups(planned, 99)] == [False, False, True]
+
+
+def test_given_teacher_is_found_and_not_trained(teacher, tmp_path):
+    (tmp_path / "resnet32x4").mkdir()
+    (tmp_path / "resnet32x4" / "best").symlink_to(teacher)
+    planned = run.plan(cells.select([4], 1), "full", Path("w"), tmp_path)
+    assert planned[0].given == tmp_path / "resnet32x4" / "best"
+    assert planned[2].config.teacher_checkpoint == str(planned[0].given)
+    assert all(each.given is None for each in run.plan(cells.select([4], 1), "smoke", Path("w"), tmp_path))
+
+
+def result(best, last, device="toaster", teacher="f1"):
+    return {
+        "best": {"top1": best},
+        "last": {"top1": last},
+        "commit": "0123456789abcdef+",
+        "versions": {"jax": "0.10.2"},
+        "device": device,
+        "date": "2026-01-02T03:04:05+00:00",
+        "config": {"teacher_fingerprint": teacher},
+    }
+
+
+def put(results, scale, cell, *values, **more):
+    run.write(cell, run.Run("x/y", Path("w"), None, [cell]), result(*values, **more), results, scale)
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """Stands in for training: lists the runs, and raises what is put beside a run's name."""
+
+    class Trainer:
+        def __init__(self):
+            self.names, self.errors = [], {}
+
+        def __call__(self, members):
+            self.names.extend(folder.name for _, folder in members)
+            for _, folder in members:
+                if folder.name in self.errors:
+                    raise self.errors[folder.name]
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "summary.json").touch()
+            return [result(50.0, 49.0) for _ in members]
+
+    stand_in = Trainer()
+    monkeypatch.setattr(run, "train_members", stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def flags(tmp_path):
+    return ["--scale", "smoke", "--seeds", "1", "--workdir", str(tmp_path / "w"), "--results", str(tmp_path / "r")]
+
+
+def test_interrupted_command_goes_on(flags, trainer, tmp_path, capsys):
+    flags += ["--table", "4", "--methods", "cross_entropy", "kd"]
+    trainer.errors["kd-seed0"] = SystemExit(143)
+    with pytest.raises(SystemExit, match="143"):
+        run.main(flags)
+    there = sorted(path.name for path in tmp_path.glob("r/**/*.json"))
+    assert there == ["cross_entropy-seed0.json", "teacher-seed0.json"]
+    trainer.errors.clear()
+    run.main(flags)
+    assert trainer.names == ["teacher-seed0", "cross_entropy-seed0", "kd-seed0", "kd-seed0"]
+    run.main(flags)
+    assert len(trainer.names) == 4
+    assert "3 runs for 3 cells; 0 to be run" in capsys.readouterr().out
+    (tmp_path / "r" / "smoke" / PAIR / "kd-seed0.json").unlink()
+    shutil.rmtree(tmp_path / "w")  # with the teacher's network
+    run.main(flags)
+    assert trainer.names[4:] == ["teacher-seed0", "kd-seed0"]
+
+
+def test_diverged_run_does_not_stop_the_others(flags, trainer, tmp_path):
+    trainer.errors["kd-seed0"] = FloatingPointError("the loss of step 3 is not finite")
+    with pytest.raises(SystemExit, match=r"(?s)these runs diverged.*kd-seed0: the loss of step 3"):
+        run.main([*flags, "--table", "4", "--together", "3"])
+    assert trainer.names[-3:] == ["cross_entropy-seed0", "kd-seed0", "ranking_alignment-kind=l1-seed0"]  # one by one
+    assert len(list(tmp_path.glob("r/smoke/*/*.json"))) == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--table", "6"], r"invalid choice: '6'"),
+        (["--table", "4", "--only", "cifar100_vgg13_vgg8"], "'cifar100_vgg13_vgg8' is not in the tables; they have"),
+        (
+            ["--table", "4", "--methods", "reviewkd"],
+            "'reviewkd' is not in the tables; they have cross_entropy, kd",
+        ),
+        (["--seeds", "0"], "--seeds and --together have to be 1 or more"),
+    ],
+)
+def test_wrong_flags_are_named(given, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        run.main(given)
+    assert re.search(message, f"{error.value} {capsys.readouterr().err}")
+
+
+def test_absent_data_is_said_before_the_first_run(trainer, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(data, "load", lambda name, *_: (_ for _ in ()).throw(FileNotFoundError(f"{name} is not here")))
+    with pytest.raises(SystemExit, match="cifar100 is not here"):
+        run.main(["--table", "4", "--workdir", str(tmp_path / "w"), "--results", str(tmp_path / "r")])
+    assert trainer.names == []
+
+
+EXPECTED = """
+## Table 4: the loss, CIFAR-100 (scale full)
+
+### resnet32x4 > resnet8x4
+
+|  | paper | best | last | seeds | difference |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| CE | 72.50 | 73.00 | 72.90 | 1 | +0.50 |
+| CE + KD | 73.33 |  |  |  |  |
+| CE + RA(L1) | 77.12 |  |  |  |  |
+| CE + RA(Spearman) | 77.44 |  |  |  |  |
+| CE + RA(L2) | 77.97 | 77.00 ± 1.41 | 76.50 ± 0.71 | 2 | -0.97 |
+| CE + KD + RA(L2) | 77.29 |  |  |  |  |
+
+Ours: 3 results on kettle, toaster, 2026-01-02, jax 0.10.2, commit 0123456789+.
+"""
+
+
+def test_markdown_has_ours_beside_the_papers(tmp_path):
+    put(tmp_path, "full", cells.Cell(PAIR, "cross_entropy", 0), 73.0, 72.9, device="kettle")
+    put(tmp_path, "full", cells.Cell(PAIR, "ranking_alignment", 0), 76.0, 76.0)
+    put(tmp_path, "full", cells.Cell(PAIR, "ranking_alignment", 1), 78.0, 77.0)
+    text = tables.markdown([4], "full", tables.load(tmp_path, "full"))
+    assert text.endswith(EXPECTED)
+    assert "*Paper*, and numbers in brackets: as the paper states them" in text
+    wide = tables.markdown([1], "full", tables.load(tmp_path, "full"))
+    assert "| ranking alignment | (72.39) | 77.00 ± 1.41 (77.97) | (77.13) | (75.98) | (75.84) | (75.29) |\n" in wide
+    toy = tables.markdown([2], "smoke", tables.load(tmp_path, "smoke"))
+    assert "a toy, not comparable with the paper" in toy
+    assert "ifference" not in toy
+    assert "| CRLD | (78.27) | (70.39) | (71.36) |  |  |\n" in toy
+    assert "| CRLD |  |  |  |  |\n" in toy  # missing in the paper, and in ours
+    assert "Ours: none yet." in toy
+
+
+def test_results_of_two_teachers_do_not_mix(tmp_path):
+    put(tmp_path, "full", cells.Cell(PAIR, "kd", 0), 73.0, 72.9)
+    put(tmp_path, "full", cells.Cell(PAIR, "dkd", 0), 73.0, 72.9, teacher="f2")
+    with pytest.raises(ValueError, match=r"kd-seed0.json had another teacher"):
+        tables.load(tmp_path, "full")
+
+
+def test_smoke_runs_train_go_on_and_make_a_table(flags, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("configs.digits.get_config", tiny)
+    small = {"num_train": 64, "num_steps": 4, "eval_epochs": 0.25, "views": "weak"}
+    monkeypatch.setitem(cells.SCALES, "smoke", cells.SCALES["smoke"]._replace(overrides=small))
+    flags += ["--table", "1", "--only", PAIR]
+    run.main([*flags, "--methods", "ranking_alignment", "--dry_run"])
+    assert not (tmp_path / "w").exists()
+    run.main([*flags, "--methods", "teacher"])
+    capsys.readouterr()
+    run.main([*flags, "--methods", "ranking_alignment"])
+    assert "2 runs for 2 cells; 1 to be run" in capsys.readouterr().out
+    folder = tmp_path / "r" / "smoke" / PAIR
+    assert sorted(path.name for path in folder.iterdir()) == ["ranking_alignment-seed0.json", "teacher-seed0.json"]
+    record = json.loads((folder / "ranking_alignment-seed0.json").read_text())
+    assert [record[name] for name in ("scale", "pair", "cell", "seed")] == ["smoke", PAIR, "ranking_alignment", 0]
+    assert (record["tables"], record["steps"]) == ([1, 4, 5], 4)
+    assert record["config"]["teacher_fingerprint"]
+    tables.main(["--scale", "smoke", "--results", str(tmp_path / "r"), "--output", str(tmp_path / "tables.md")])
+    text = (tmp_path / "tables.md").read_text()
+    assert text in capsys.readouterr().out
+    best, last = record["best"]["top1"], record["last"]["top1"]
+    assert f"| ranking alignment | 77.97 | {best:.2f} | {last:.2f} | 1 |\n" in text
+
+
+def test_given_teacher_is_evaluated(teacher, tiny, tmp_path):
+    config = tiny(method="cross_entropy", teacher="", teacher_checkpoint="")
+    planned = run.Run("digits_resnet8/teacher-seed0", tmp_path, config, [cells.Cell(PAIR, "teacher", 0)], teacher)
+    assert run.execute([planned], tmp_path / "r", "full") == []
+    record = json.loads((tmp_path / "r" / "full" / PAIR / "teacher-seed0.json").read_text())
+    assert record["given"] == str(teacher)
+    assert record["best"]["top1"] == record["last"]["top1"]
