@@ -157,6 +157,7 @@ def _keep(workdir: Path, run: experiment.Experiment, progress: dict[str, Any], v
             "network": models.resolve(run.config["student"], run.splits.test.images.shape[1]),
             "num_classes": run.splits.num_classes,
             "dataset": run.config["dataset"],
+            "image_size": run.splits.test.images.shape[1],
             "mean": run.splits.mean,
             "std": run.splits.std,
             "source": "trained by rkd_jax",
