@@ -3,13 +3,42 @@
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from clu import parameter_overview
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from rkd_jax import checkpoint, experiment, models, steps, train
+from rkd_jax.data import augment
+
+
+class Restored(NamedTuple):
+    """A network from disk: called with uint8 images [B, H, W, K], it returns its `models.Outputs` of them."""
+
+    network: nn.Module
+    variables: Any
+    normalization: steps.Normalization  # its own, not that of the data set
+    metadata: dict[str, Any]
+
+    def __call__(self, images: jax.Array) -> models.Outputs:
+        """Normalises and applies."""
+        return self.network.apply(self.variables, augment.normalize(images, *self.normalization), train=False)
+
+
+def restore(
+    path: str | os.PathLike, image_shape: Sequence[int], num_classes: int | None = None, field: str = "--workdir"
+) -> Restored:
+    """The network of a folder, for images [H, W, K]; ValueError or FileNotFoundError that names the flag `field`."""
+    variables, metadata = checkpoint.load_network(path, num_classes=num_classes, field=field)
+    network = models.create(
+        metadata["network"], metadata["num_classes"], image_size=image_shape[0], field=f"network of {path}"
+    )
+    experiment.check_variables(network, variables, tuple(image_shape), str(path))
+    return Restored(network, variables, steps.Normalization(tuple(metadata["mean"]), tuple(metadata["std"])), metadata)
 
 
 def evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str, Any]:
@@ -21,11 +50,7 @@ def evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str, Any]:
     """
     fields = experiment.Fields(experiment.shrink(config))
     splits = experiment.load_splits(fields)
-    variables, metadata = checkpoint.load_network(path, num_classes=splits.num_classes, field="--workdir")
-    side = splits.test.images.shape[1]
-    network = models.create(metadata["network"], splits.num_classes, image_size=side, field=f"network of {path}")
-    experiment.check_variables(network, variables, splits.test.images.shape[1:], str(path))
-    normalization = steps.Normalization(tuple(metadata["mean"]), tuple(metadata["std"]))
+    network, variables, normalization, metadata = restore(path, splits.test.images.shape[1:], splits.num_classes)
     eval_step = steps.make_eval_step(network, normalization)
     result = steps.evaluate(eval_step, variables, *splits.test, fields.at_least("eval_batch_size", 1))
     return {

@@ -327,6 +327,7 @@ def _facts(run: experiment.Experiment, result: dict[str, Any]) -> dict[str, Any]
         "network": models.resolve(run.config["student"], run.splits.test.images.shape[1]),
         "num_classes": run.splits.num_classes,
         "dataset": run.config["dataset"],
+        "image_size": run.splits.test.images.shape[1],
         "mean": run.splits.mean,
         "std": run.splits.std,
         "source": "trained by rkd_jax",

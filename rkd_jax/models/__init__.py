@@ -117,12 +117,12 @@ class Adapter(nn.Module):
         """Outputs as they come; logits alone become Outputs without features, the logits being the embedding too."""
         found = self.network(images, train=train)
         logits = found.logits if isinstance(found, Outputs) else found
-        if getattr(logits, "shape", None) != (len(images), self.num_classes):
+        if getattr(logits, "shape", None) != (count := images.shape[0], self.num_classes):
             what = f"an array of shape {found.shape}" if hasattr(found, "shape") else f"a {type(found).__name__}"
             what = f"logits of shape {logits.shape}" if isinstance(found, Outputs) else what
             raise ValueError(
-                f"network {self.name_given!r} returned {what} for {len(images)} images of {self.num_classes} classes; "
-                f"return rkd_jax.models.Outputs, or logits of shape ({len(images)}, {self.num_classes})"
+                f"network {self.name_given!r} returned {what} for {count} images of {self.num_classes} classes; "
+                f"return rkd_jax.models.Outputs, or logits of shape ({count}, {self.num_classes})"
             )
         return Outputs.of(*found) if isinstance(found, Outputs) else Outputs.of(found, (), found)
 

@@ -30,7 +30,7 @@ class VGG(nn.Module):
         x, features, preactivations = images.astype(self.dtype), [], []
         for block, (count, channels) in enumerate(zip(self.convolutions, (64, 128, 256, 512, 512), strict=True)):
             if block in (1, 2, 3) or (block == 4 and side >= 64):
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+                x = nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
             for i in range(count):
                 names = (f"block{block}_{3 * i}", f"block{block}_{3 * i + 1}")  # a ReLU takes the third number
                 preactivation = conv_bn(x, train, channels, names, bias_init=nn.initializers.zeros)

@@ -136,8 +136,8 @@ def summarize(group: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def train_members(members: Sequence[tuple[ConfigDict, Path]]) -> list[dict[str, Any]]:
-    """Trains a group's runs, one after another; each goes on where it was."""
-    return [runs.distil(config, folder) for config, folder in members]
+    """Trains a group's runs in one program; each goes on where it was."""
+    return train.train_together(members) if len(members) > 1 else [runs.distil(*members[0])]
 
 
 def write(cell: cells.Cell, run: Run, summary: dict[str, Any], results: Path, scale: str) -> None:

@@ -1,0 +1,455 @@
+"""Figures of networks and runs on disk: what a student has of its teacher, and what a hyper-parameter does.
+
+    python -m rkd_jax.report.figures ranked_logits --teacher runs/teacher --students CE=runs/ce RA=runs/ra --image 7
+    python -m rkd_jax.report.figures logit_difference --teacher runs/teacher --students CE=runs/ce RA=runs/ra
+    python -m rkd_jax.report.figures tsne --networks CE=runs/ce RA=runs/ra --classes 0 1 2 3
+    python -m rkd_jax.report.figures curves --runs CE=runs/ce RA=runs/ra
+    python -m rkd_jax.report.figures lambda --runs runs/lam-*
+    python -m rkd_jax.report.figures eps --runs runs/eps-*
+
+Each writes OUTPUT.png and OUTPUT.svg (default: runs/figures/<figure>). A network is its folder, or a run's folder: its
+best network, then. NAME=FOLDER gives the name in the figure.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
+from scipy import stats
+
+from rkd_jax import checkpoint, data, evaluate, train
+from rkd_jax.data import _prepared
+
+# Okabe and Ito's colours, which readers who are colour-blind tell apart, without the yellow that vanishes on white.
+BLUE, RED, GREEN, PURPLE, SKY, ORANGE, BLACK = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000",
+)  # fmt: skip
+COLORS = BLUE, RED, GREEN, PURPLE, SKY, ORANGE, BLACK, "#882255", "#999933", "#888888"
+MARKERS, GREY = "osD^vPX*<>", "0.6"
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "savefig.dpi": 160,
+    "svg.hashsalt": "rkd_jax",  # the same figure is the same file
+}
+# The paper's Table 5: top-1 % by lambda.
+TABLE_5 = {
+    ("cifar100", "resnet32x4", "resnet8x4"): {0.1: 75.59, 0.5: 76.74, 1: 77.17, 5: 77.97, 10: 77.71},
+    ("tiny_imagenet", "resnet18", "mobilenetv2"): {0.5: 62.15, 1: 63.16, 5: 64.02, 10: 64.30, 15: 64.03},
+}
+
+
+# Networks: what they say about test images.
+
+
+class Predicted(NamedTuple):
+    """A network's outputs for N images."""
+
+    label: str  # its name in the figure
+    logits: np.ndarray  # [N, C]
+    embedding: np.ndarray  # [N, D]
+
+
+def named(text: str) -> tuple[str, Path]:
+    """ "NAME=FOLDER" or "FOLDER" -> (name, folder)."""
+    name, _, path = text.rpartition("=")
+    folder = Path(path)
+    return name or (folder.parent.name if folder.name in ("best", "last") else folder.name), folder
+
+
+def network_folder(folder: Path) -> Path:
+    """A network's folder as it is; of a run's folder, that of its best network."""
+    return folder / "best" if (folder / "best" / "metadata.json").exists() else folder
+
+
+def dataset_of(args: argparse.Namespace) -> str:
+    """--dataset, or else what the networks that the flags name were trained on."""
+    if args.dataset:
+        return args.dataset
+    flags = {flag: getattr(args, flag) for flag in ("teacher", "students", "networks") if hasattr(args, flag)}
+    found = {
+        checkpoint.read_metadata(network_folder(named(text)[1]), f"--{flag}").get("dataset")
+        for flag, texts in flags.items()
+        for text in ([texts] if isinstance(texts, str) else texts)
+    } - {None}
+    if len(found) == 1:
+        return found.pop()
+    what = f"the networks were trained on {' and '.join(sorted(found))}" if found else "the networks do not name theirs"
+    raise ValueError(f"--dataset is missing, and {what}; say which test images to show them")
+
+
+def predict(texts: Sequence[str], images: np.ndarray, num_classes: int, flag: str) -> list[Predicted]:
+    """Shows uint8 images [N, H, W, K] to the networks that a flag names, 500 at a time."""
+    found = []
+    for text in texts:
+        label, folder = named(text)
+        network = evaluate.restore(network_folder(folder), images.shape[1:], num_classes, flag)
+        apply = jax.jit(lambda variables, batch, network=network: network._replace(variables=variables)(batch))
+        outputs = [apply(network.variables, images[i : i + 500]) for i in range(0, len(images), 500)]
+        logits, embedding = (
+            np.concatenate([np.asarray(getattr(each, name)) for each in outputs]) for name in ("logits", "embedding")
+        )
+        found.append(Predicted(label, logits, embedding))
+    return found
+
+
+def class_names(dataset: str, data_dir: str, num_classes: int) -> list[str]:
+    """The names of a data set's classes, where TFDS or the folders say them; else their numbers."""
+    if dataset.startswith("folder:"):
+        root = Path(dataset.partition(":")[2]).expanduser()
+        root = root / "train" if (root / "train").is_dir() else root
+        return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    name = dataset.removeprefix("tfds:").partition(":")[0]
+    for path in sorted((_prepared.folder(data_dir) / name).glob("*/label.labels.txt")):
+        if len(names := path.read_text().split("\n")[:num_classes]) == num_classes:
+            return [name.replace("_", " ") for name in names]
+    return [str(number) for number in range(num_classes)]
+
+
+def logit_difference(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Mean of |student - teacher| over the images of each true class; [N, C], [N, C], [N] -> [C, C], row: true class.
+
+    The row of a class without images is NaN.
+    """
+    rows = np.full((teacher.shape[1],) * 2, np.nan)
+    for label in np.unique(labels):
+        rows[label] = np.abs(student - teacher)[labels == label].mean(0)
+    return rows
+
+
+def _panels(count: int, width: float, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of so many panels of that size in inches, in rows of up to three."""
+    columns = count if count < 4 else 2 if count == 4 else 3
+    rows = math.ceil(count / columns)
+    figure = Figure(figsize=(width * columns, 0.6 + height * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options).ravel()
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, list(axes[:count])
+
+
+def draw_ranked_logits(args: argparse.Namespace) -> Figure:
+    """The paper's Fig. 3, for one test image: every network's logits, in the order of the teacher's."""
+    dataset = dataset_of(args)
+    splits = data.load(dataset, args.data_dir)
+    images, labels = splits.test
+    if not 0 <= args.image < len(images):
+        raise ValueError(f"--image={args.image} is not among the test images of {dataset}: 0 to {len(images) - 1:,}")
+    chosen, true = images[args.image : args.image + 1], int(labels[args.image])
+    teacher, *students = (
+        *predict([args.teacher], chosen, splits.num_classes, "--teacher"),
+        *predict(args.students, chosen, splits.num_classes, "--students"),
+    )
+    names = class_names(dataset, args.data_dir, splits.num_classes)
+    figure, axes = _panels(1 + len(students), 4.6, 3.2, sharey=True)
+    for i, (axis, network) in enumerate(zip(axes, [teacher, *students], strict=True)):
+        _ranked_panel(axis, network, teacher, true, names, chr(ord("a") + i))
+    inset = axes[0].inset_axes((0.78, 0.52, 0.22, 0.46))
+    inset.imshow(np.squeeze(chosen[0]), cmap="gray")
+    inset.axis("off")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(f"{dataset}, test image {args.image}, true class {names[true]}: logits in the teacher's order")
+    return figure
+
+
+def _ranked_panel(
+    axis: Axes, network: Predicted, teacher: Predicted, true: int, names: Sequence[str], letter: str
+) -> None:
+    """One network's logits of the one image."""
+    own, reference = network.logits[0], teacher.logits[0]
+    order = np.argsort(-reference, kind="stable")
+    rank = np.argsort(order) + 1  # of every class, by the teacher
+    number = np.arange(1, len(order) + 1)
+    axis.plot(number, own[order], "o", color=BLUE, markersize=3 if len(order) > 20 else 5, label="network's logits")
+    axis.plot(rank[true], own[true], "D", color=RED, markersize=7, label=f"true class, {names[true]}")
+    lines = [f"{names[i]}  {own[i]:.1f}  ({rank[i]})" for i in np.argsort(-own, kind="stable")[:5]]
+    title, heading, right = f"({letter}) teacher, {network.label}", "largest logits (rank)", 0.76
+    if network is not teacher:
+        axis.plot(number, reference[order], "-", color=GREY, linewidth=1.2, label="teacher's logits", zorder=1)
+        rho = stats.spearmanr(own, reference).statistic
+        title = f"({letter}) {network.label}: Spearman's ρ with the teacher {rho:.2f}"
+        heading, right = "largest logits (teacher's rank)", 1
+    look = {"ha": "right", "va": "top", "fontsize": 8, "bbox": {"color": "white", "alpha": 0.8, "linewidth": 0}}
+    axis.text(right, 0.98, "\n".join([heading, *lines]), transform=axis.transAxes, **look)
+    axis.set(title=title, xlabel="class, by its rank among the teacher's logits", ylabel="logit")
+
+
+def draw_logit_difference(args: argparse.Namespace) -> Figure:
+    """How far each student's logits are from the teacher's, by true class and by logit; one colour scale."""
+    dataset = dataset_of(args)
+    splits = data.load(dataset, args.data_dir)
+    images, labels = data.subset(splits.test, _count(args, splits), f"--num_images={args.num_images}", "test images")
+    (teacher,) = predict([args.teacher], images, splits.num_classes, "--teacher")
+    students = predict(args.students, images, splits.num_classes, "--students")
+    maps = [logit_difference(student.logits, teacher.logits, labels) for student in students]
+    highest = np.nanquantile(maps, 0.995)  # a few outliers do not take the whole scale
+    figure = Figure(figsize=(1 + 3.4 * len(maps), 4.1), layout="constrained")
+    axes = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    names = class_names(dataset, args.data_dir, splits.num_classes)
+    for axis, student, found in zip(axes, students, maps, strict=True):
+        picture = axis.imshow(found, cmap="cividis", vmin=0, vmax=highest, interpolation="nearest")
+        axis.set(title=f"{student.label}: mean {np.nanmean(found):.2f}", xlabel="class of the logit")
+        axis.grid(False)
+        if splits.num_classes <= 20:
+            axis.set_xticks(range(splits.num_classes), names, rotation=90 if max(map(len, names)) > 2 else 0)
+            axis.set_yticks(range(splits.num_classes), names)
+    axes[0].set_ylabel("true class of the image")
+    bar = figure.colorbar(picture, ax=axes, shrink=0.8, extend="max" if np.nanmax(maps) > highest else "neither")
+    bar.set_label("mean |student's logit - teacher's|")
+    figure.suptitle(f"{dataset}, {len(images):,} test images: students' logits against those of {teacher.label}")
+    return figure
+
+
+def _count(args: argparse.Namespace, splits: data.Splits) -> int:
+    return min(2000, len(splits.test.labels)) if args.num_images is None else args.num_images
+
+
+def draw_tsne(args: argparse.Namespace) -> Figure:
+    """t-SNE of the embeddings of test images of a few classes."""
+    from sklearn import manifold, metrics  # here: half a second that the other figures need not pay
+
+    dataset = dataset_of(args)
+    splits = data.load(dataset, args.data_dir)
+    classes = list(range(min(10, splits.num_classes))) if args.classes is None else args.classes
+    if wrong := [label for label in classes if not 0 <= label < splits.num_classes]:
+        raise ValueError(f"--classes: {wrong[0]} is no class of {dataset}; name some of 0 to {splits.num_classes - 1}")
+    kept = np.isin(splits.test.labels, classes)
+    split = data.Split(splits.test.images[kept], splits.test.labels[kept])
+    count = min(100 * len(classes), len(split.labels)) if args.num_images is None else args.num_images
+    images, labels = data.subset(split, count, f"--num_images={args.num_images}", "test images of these classes")
+    networks = predict(args.networks, images, splits.num_classes, "--networks")
+    names = class_names(dataset, args.data_dir, splits.num_classes)
+    figure, axes = _panels(len(networks), 3.4, 3.4)
+    for axis, network in zip(axes, networks, strict=True):
+        perplexity = min(30, (len(images) - 1) / 3)
+        points = manifold.TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(network.embedding)
+        for i, label in enumerate(classes):
+            x, y = points[labels == label].T
+            look = {"marker": MARKERS[i % len(MARKERS)], "color": COLORS[i % len(COLORS)], "alpha": 0.8}
+            axis.scatter(x, y, s=12, linewidths=0, label=names[label], **look)
+        silhouette = metrics.silhouette_score(network.embedding, labels)
+        axis.set(title=f"{network.label}: silhouette {silhouette:.2f}", xticks=[], yticks=[])
+        axis.spines[["top", "right"]].set_visible(True)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", title="class", markerscale=1.8)
+    figure.suptitle(f"{dataset}: t-SNE of the embeddings of {len(images):,} test images (axes without unit)")
+    return figure
+
+
+# Runs: what their numbers were.
+
+
+def load_record(path: str) -> dict[str, Any]:
+    """What a finished run says of itself: its folder's summary.json, or any JSON file of such content."""
+    file = Path(path) / "summary.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"--runs: there is no {file}; name folders of finished runs, or their JSON files")
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"--runs: {file} is no JSON ({error}); name folders of finished runs") from error
+    if not isinstance(record, dict) or not {"config", "best", "last"} <= record.keys():
+        raise ValueError(f"--runs: {file} lacks 'config', 'best' or 'last'; name a run's folder or its summary.json")
+    return record
+
+
+def load_metrics(path: str, kind: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl of one kind: "train" or "test"."""
+    file = Path(path) / "metrics.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"--runs: there is no {file}; name the folder of a run that has trained")
+    lines = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    if not (found := [line for line in lines if line["kind"] == kind]):
+        raise ValueError(f"--runs: {file} has no line of kind {kind!r} yet; wait for the run, or leave it out")
+    return found
+
+
+def sweep(records: Sequence[Mapping[str, Any]], field: str) -> list[float]:
+    """The value of a field in each record; ValueError where the runs differ in more than it and the seed."""
+    configs = [record["config"] for record in records]
+    if any(field not in config for config in configs):
+        raise ValueError(f"--runs: one of them is of a method without {field}; name runs of ranking_alignment alone")
+    for name in sorted(set().union(*configs) - {field, "seed", *train.ELSEWHERE}):
+        values = {json.dumps(config.get(name)) for config in configs}
+        if len(values) > 1:
+            raise ValueError(
+                f"--runs: they differ in {name}, too ({', '.join(sorted(values))}); name runs that differ in {field} "
+                "and seed alone"
+            )
+    return [config[field] for config in configs]
+
+
+def draw_lambda(args: argparse.Namespace) -> Figure:
+    """Accuracy against lambda, best and last, with the paper's Table 5 where it has the pair."""
+    records = [load_record(path) for path in args.runs]
+    values = sweep(records, "lam")
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axis = figure.subplots()
+    _accuracies(axis, values, records)
+    config = records[0]["config"]
+    pair = (config["dataset"], config["teacher"].lower(), config["student"].lower())
+    if pair in TABLE_5:
+        axis.plot(*zip(*TABLE_5[pair].items(), strict=True), "d--", color=BLACK, label="the paper's Table 5")
+    axis.set(xlabel="λ, weight of the ranking term", ylabel="test top-1, %")
+    _log(axis, [*values, *TABLE_5.get(pair, ())])
+    figure.legend(loc="outside lower center", ncols=3)
+    figure.suptitle(_title(records, "accuracy by λ; ε = {:g}".format(records[0]["config"]["eps"])))
+    return figure
+
+
+def draw_eps(args: argparse.Namespace) -> Figure:
+    """Accuracy, and the number of blocks of the soft ranks, against eps."""
+    records = [load_record(path) for path in args.runs]
+    values = sweep(records, "eps")
+    last = [load_metrics(path, "train")[-1] for path in args.runs]
+    figure = Figure(figsize=(6.4, 5.8), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    _accuracies(upper, values, records)
+    upper.set(ylabel="test top-1, %")
+    for i, who in enumerate(("student", "teacher")):
+        look = {"marker": "^v"[i], "color": (GREEN, PURPLE)[i], "linestyle": ("-", "--")[i]}
+        _means(lower, values, [line[f"{who}_blocks"] for line in last], f"blocks, {who}", look)
+    lower.set(xlabel="ε, strength of the soft rank", ylabel="mean number of blocks", yscale="log")
+    _plain_numbers(lower)
+    for axis in (upper, lower):
+        axis.axvline(1, color=GREY, linewidth=1, linestyle=":", label="the paper's ε" if axis is upper else None)
+    _log(lower, values)
+    figure.legend(loc="outside lower center", ncols=3)
+    lower.set_title("one block: the soft ranks are the centred logits", fontsize=9)
+    what = "accuracy and blocks by ε; λ = {lam:g}, rank_scale {rank_scale}"
+    figure.suptitle(_title(records, what.format(**records[0]["config"])))
+    return figure
+
+
+def _means(axis: Axes, x: Sequence[float], y: Sequence[float], label: str, look: Mapping[str, Any]) -> None:
+    """A line through the means at each x, and a point for every run."""
+    order = sorted(set(x))
+    means = [np.mean([b for a, b in zip(x, y, strict=True) if a == value]) for value in order]
+    axis.plot(order, means, markersize=5, label=label, **look)
+    if len(order) < len(x):
+        axis.plot(x, y, look["marker"], color=look["color"], markersize=3, alpha=0.5)
+
+
+def _accuracies(axis: Axes, values: Sequence[float], records: Sequence[Mapping[str, Any]]) -> None:
+    for name, marker, color in (("best", "*", RED), ("last", "o", BLUE)):
+        top1 = [record[name]["top1"] for record in records]
+        _means(axis, values, top1, f"top-1 of the {name} epoch", {"marker": marker, "color": color})
+
+
+def _log(axis: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis whose ticks are the values; linear below the smallest positive one, where there is a 0."""
+    ticks = sorted(set(values))
+    scale = {"value": "log"} if ticks[0] > 0 else {"value": "symlog", "linthresh": min(ticks[1:], default=1)}
+    axis.set_xscale(**scale)
+    axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    axis.set_xticks([], minor=True)
+
+
+def _plain_numbers(axis: Axes) -> None:
+    """30, not 3 x 10^1, along a logarithmic y axis."""
+    axis.yaxis.set_major_formatter(LogFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+
+
+def _title(records: Sequence[Mapping[str, Any]], what: str) -> str:
+    config, seeds = records[0]["config"], len({record["config"]["seed"] for record in records})
+    networks = f"{config['teacher']} > {config['student']} by {config['method']}"
+    steps = f"{records[0]['last']['step']:,} steps, {seeds} seed{'s'[: seeds > 1]}"
+    return f"{config['dataset']}, {networks}, {steps}\n{what}"
+
+
+def draw_curves(args: argparse.Namespace) -> Figure:
+    """Loss, training accuracy and test top-1 of runs, by epoch, the best and the last evaluation marked."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    loss, accuracy, top1 = figure.subplots(1, 3)
+    for i, (label, folder) in enumerate(map(named, args.runs)):
+        color = COLORS[i % len(COLORS)]
+        lines, tests = (load_metrics(folder, kind) for kind in ("train", "test"))
+        epochs = [line["epoch"] for line in lines]
+        loss.plot(epochs, [line["loss"] for line in lines], color=color, label=label)
+        accuracy.plot(epochs, [100 * line["accuracy"] for line in lines], color=color)
+        top1.plot([line["epoch"] for line in tests], [line["top1"] for line in tests], color=color)
+        best = max(tests, key=lambda line: line["top1"])  # the first of equals, as training keeps it
+        for line, mark, size in ((tests[-1], "o", 6), (best, "*", 12)):
+            top1.plot(line["epoch"], line["top1"], mark, color=color, markersize=size, markeredgecolor="white")
+    loss.set(title="training loss, each by its own method", ylabel="loss", yscale="log")
+    _plain_numbers(loss)
+    accuracy.set(title="training accuracy, on augmented images", ylabel="top-1, %")
+    top1.set(title="test accuracy (star: best, dot: last)", ylabel="top-1, %")
+    for axis in (loss, accuracy, top1):
+        axis.set_xlabel("epoch")
+    figure.legend(loc="outside lower center", ncols=len(args.runs))
+    return figure
+
+
+# The command.
+
+FIGURES = {
+    "ranked_logits": draw_ranked_logits,
+    "logit_difference": draw_logit_difference,
+    "tsne": draw_tsne,
+    "curves": draw_curves,
+    "lambda": draw_lambda,
+    "eps": draw_eps,
+}
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rkd_jax.report.figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
+    for name, draw in FIGURES.items():
+        command = commands.add_parser(name, help=draw.__doc__.splitlines()[0], description=draw.__doc__)
+        command.add_argument("--output", type=Path, default=Path("runs/figures") / name, help="without suffix")
+        if name in ("curves", "lambda", "eps"):
+            command.add_argument("--runs", nargs="+", required=True, help="folders of runs")
+            continue
+        command.add_argument("--dataset", default="", help="default: what the networks were trained on")
+        command.add_argument("--data_dir", default="", help="TFDS's folder; default: as in training")
+        if name == "tsne":
+            command.add_argument("--networks", nargs="+", required=True, metavar="NAME=FOLDER")
+            command.add_argument("--classes", type=int, nargs="+", help="numbers; default: the first ten")
+        else:
+            command.add_argument("--teacher", required=True, metavar="NAME=FOLDER")
+            command.add_argument("--students", nargs="+", required=True, metavar="NAME=FOLDER")
+        if name == "ranked_logits":
+            command.add_argument("--image", type=int, default=0, help="number of the test image, from 0")
+        else:
+            command.add_argument("--num_images", type=int, help="test images, classes balanced")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draws a figure, writes it twice, says where; an error of the user's is one sentence."""
+    args = parse(argv)
+    try:
+        with matplotlib.rc_context(STYLE):
+            figure = FIGURES[args.figure](args)
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
+                path = args.output.with_name(f"{args.output.name}.{suffix}")
+                figure.savefig(path, metadata=metadata)
+                print(path)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

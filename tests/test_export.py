@@ -1,0 +1,202 @@
+"""The exported files give the Flax network's logits, the artefact without this package."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+from flax import linen as nn
+
+from rkd_jax import checkpoint, data, evaluate, export, models
+
+ALONE = """
+import json, sys
+from pathlib import Path
+import jax
+import jax.export
+import numpy as np
+
+folder = Path(sys.argv[1])
+exported = jax.export.deserialize(bytearray((folder / "network.jaxexport").read_bytes()))
+images = np.load(folder / "images.npy")
+assert images.dtype == json.loads((folder / "network.json").read_text())["input"]["dtype"]
+np.save(folder / "logits.npy", np.concatenate([exported.call(images[:1]), exported.call(images[1:])]))
+assert not {"rkd_jax", "flax"} & set(sys.modules), "the artefact needs jax and numpy alone"
+"""
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    """The folder of a resnet8 for 12 classes of 16x16 RGB images, every number drawn at random."""
+    model, generator = models.create("resnet8", 12), np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32))
+    variables = jax.tree.map(lambda leaf: generator.uniform(0.1, 0.4, leaf.shape).astype(np.float32), shapes)
+    variables["params"] = jax.tree.map(lambda leaf: leaf - 0.25, variables["params"])
+    path = tmp_path_factory.mktemp("networks") / "resnet8"
+    facts = {
+        "network": "resnet8",
+        "num_classes": 12,
+        "image_size": 16,
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.3, 0.25],
+    }
+    checkpoint.save_network(path, variables, facts)
+    return path
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3), np.uint8)
+
+
+def test_python_of_the_docs_runs(network, images, tmp_path):
+    export.main([str(network), "--output", str(tmp_path / "runs" / "a" / "export"), "--formats", "jax"])
+    page = (ROOT / "docs" / "export.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    block = block.replace("(64, 32, 32, 3)", "(64, 16, 16, 3)")
+    result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "(64, 12) float32"
+
+
+def logits_of(path, images):
+    restored = evaluate.restore(path, images.shape[1:])
+    return np.asarray(restored(images).logits), restored.normalization
+
+
+def test_artefact_runs_without_this_package(network, images, tmp_path, capsys):
+    export.main([str(network), "--output", str(tmp_path)])
+    assert "batch 64" in capsys.readouterr().out
+    np.save(tmp_path / "images.npy", images)
+    # From another folder, where this package cannot be found by chance.
+    command = [sys.executable, "-c", ALONE, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), logits_of(network, images)[0], rtol=1e-5, atol=1e-5)
+
+    record = json.loads((tmp_path / "network.json").read_text())
+    assert record["input"]["shape"] == ["batch", 16, 16, 3]
+    assert record["output"]["shape"] == ["batch", 12]
+    assert record["fingerprint"] == checkpoint.read_metadata(network)["fingerprint"]
+    for name, file in record["files"].items():
+        assert file["bytes"] == (tmp_path / name).stat().st_size
+    exported = jax.export.deserialize(bytearray((tmp_path / "network.jaxexport").read_bytes()))
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+
+
+def test_state_dict_gives_the_same_logits_in_pytorch(network, images, tmp_path):
+    torch = pytest.importorskip("torch")
+    import torch_networks
+
+    export.main([str(network), "--output", str(tmp_path), "--formats", "torch"])
+    peer = torch_networks.create("resnet8", 12).eval()
+    peer.load_state_dict(torch.load(tmp_path / "network.pth", weights_only=True)["model"], strict=True)
+    expected, (mean, std) = logits_of(network, images)
+    normalized = ((images.astype(np.float32) / 255 - mean) / std).astype(np.float32)
+    with torch.no_grad():
+        found = peer(torch.from_numpy(normalized.transpose(0, 3, 1, 2).copy()))[0].numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_fixed_batch_of_normalised_images(network, images, tmp_path):
+    arguments = ["--formats", "jax", "--batch", "5", "--images", "normalized"]
+    export.main([str(network), "--output", str(tmp_path), *arguments])
+    exported = jax.export.deserialize(bytearray((tmp_path / "network.jaxexport").read_bytes()))
+    expected, (mean, std) = logits_of(network, images)
+    found = exported.call(((images.astype(np.float32) / 255 - mean) / std).astype(np.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert json.loads((tmp_path / "network.json").read_text())["input"]["shape"] == [5, 16, 16, 3]
+    with pytest.raises(ValueError, match="shape"):
+        exported.call(images[:1].astype(np.float32))
+
+
+class ByPlatform(nn.Module):
+    """A network that computes in another way on every platform."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        mean = jax.lax.platform_dependent(
+            images, cpu=lambda x: x.mean((1, 2)), cuda=lambda x: x.sum((1, 2)) / 256, default=lambda x: x[:, 0, 0]
+        )
+        return nn.Dense(self.num_classes)(mean)
+
+
+def test_network_of_ones_own_that_depends_on_the_platform(images, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "by_platform", sys.modules[__name__])
+    model = models.create("by_platform:ByPlatform", 3)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+    facts = {"network": "by_platform:ByPlatform", "num_classes": 3, "mean": [0.5] * 3, "std": [0.2] * 3}
+    checkpoint.save_network(tmp_path / "network", variables, facts)
+    export.main([str(tmp_path / "network"), "--output", str(tmp_path / "out"), "--image_size", "16"])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"network.jaxexport", "network.json"}
+    exported = jax.export.deserialize(bytearray((tmp_path / "out" / "network.jaxexport").read_bytes()))
+    expected, _ = logits_of(tmp_path / "network", images)
+    np.testing.assert_allclose(exported.call(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "packages"),
+    [("tflite", "3", ["tensorflow"]), ("onnx", "dynamic", ["jax2onnx", "onnxruntime"])],
+    ids=["tflite", "onnx"],
+)
+def test_other_formats(kind, batch, packages, network, tmp_path):
+    for package in packages:
+        pytest.importorskip(package)
+    export.main([str(network), "--output", str(tmp_path), "--formats", kind, "--batch", batch])
+    (file,) = json.loads((tmp_path / "network.json").read_text())["files"].values()
+    assert file["max_abs_difference"]["random images"] <= export.TOLERANCE
+
+
+def test_a_converter_that_fails_is_named(network, tmp_path, monkeypatch):
+    def fails(export, path):
+        raise NotImplementedError("no such operation")
+
+    monkeypatch.setitem(export.FORMATS, "onnx", (fails, "network.onnx"))
+    with pytest.raises(
+        SystemExit, match=r"--formats onnx: resnet8 cannot be converted .*no such operation.*leave onnx"
+    ):
+        export.main([str(network), "--output", str(tmp_path), "--formats", "onnx"])
+
+
+def test_real_images(teacher, tmp_path, capsys):
+    arguments = ["--image_size", "8", "--formats", "jax", "--dataset", "digits"]
+    export.main([str(teacher), "--output", str(tmp_path), *arguments])
+    assert "test images of digits" in capsys.readouterr().out
+    assert len(data.load("digits").test.images) > 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{teacher}"], "--image_size is missing"),
+        (["{teacher}", "--image_size", "16", "--dataset", "digits"], "--dataset=digits has images of"),
+        (["nowhere"], "FOLDER='nowhere' holds no network"),
+    ],
+)
+def test_errors_name_the_flag(arguments, message, teacher, tmp_path):
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        export.main([*(argument.format(teacher=teacher) for argument in arguments), "--output", str(tmp_path)])
+
+
+def test_a_format_whose_package_is_absent_names_it(network, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    with pytest.raises(SystemExit, match="pip install jax2onnx onnxruntime"):
+        export.main([str(network), "--output", str(tmp_path), "--formats", "onnx"])
+
+
+def test_wrong_logits_are_an_error_and_leave_no_file(network, tmp_path, monkeypatch):
+    def wrong(export, path):
+        path.write_text("")
+        return lambda images: np.full((len(images), 12), np.nan)
+
+    monkeypatch.setitem(export.FORMATS, "jax", (wrong, "network.jaxexport"))
+    with pytest.raises(SystemExit, match="are not the network's"):
+        export.main([str(network), "--output", str(tmp_path), "--formats", "jax"])
+    assert not list(tmp_path.iterdir())

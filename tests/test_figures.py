@@ -1,0 +1,171 @@
+"""The figures: what they show against plain NumPy, every one written from small networks and runs, every error."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from rkd_jax import checkpoint, data
+from rkd_jax.report import figures
+
+FIELDS = {
+    "dataset": "digits", "teacher": "resnet20", "student": "resnet8", "method": "ranking_alignment", "lam": 5.0,
+    "eps": 1.0, "rank_scale": "paper", "seed": 0,
+}  # fmt: skip
+
+RANKED = ["ranked_logits", "--teacher", "{teacher}", "--students"]
+
+
+def draw(tmp_path, *arguments):
+    """Draws a figure, and returns its texts; PNG and SVG must be there."""
+    output = tmp_path / "figure"
+    figures.main([*map(str, arguments), "--output", str(output)])
+    assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert b"<svg" in output.with_suffix(".svg").read_bytes()
+
+
+def texts(*arguments):
+    """Every title, label and text of a figure."""
+    args = figures.parse(list(map(str, arguments)))
+    figure = figures.FIGURES[args.figure](args)
+    found = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+    return "\n".join(text for text in found if text)
+
+
+@pytest.fixture(scope="module")
+def student(teacher, tmp_path_factory):
+    """A run's folder, whose best network is the teacher with noise."""
+    folder = tmp_path_factory.mktemp("runs") / "student"
+    variables, metadata = checkpoint.load_network(teacher)
+    noise = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: x + 0.02 * noise.normal(size=x.shape).astype(np.float32), variables)
+    checkpoint.save_network(folder / "best", variables, metadata | {"dataset": "digits"})
+    return folder
+
+
+def run(folder, **fields):
+    """The folder of a finished run, written by hand."""
+    folder.mkdir(parents=True)
+    config = FIELDS | fields
+    best, last = ({"step": 20, "top1": top1, "top5": 99.0} for top1 in (90 + config["lam"], 89 + config["lam"]))
+    (folder / "summary.json").write_text(json.dumps({"config": config, "best": best, "last": last}))
+    lines = []
+    for step in (10, 20):
+        train = {"loss": 9.0 / step, "accuracy": step / 40, "student_blocks": 2.0, "teacher_blocks": 3.0}
+        lines.append({"step": step, "epoch": step / 10, "kind": "train", **train})
+        lines.append({"step": step, "epoch": step / 10, "kind": "test", "top1": 95.0 - step / 10})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3')
+    return folder
+
+
+def test_logit_difference_is_numpys():
+    generator = np.random.default_rng(0)
+    student, teacher = generator.normal(size=(2, 30, 4))
+    labels = generator.integers(0, 3, 30)  # class 3 has no image
+    found = figures.logit_difference(student, teacher, labels)
+    for label in range(3):
+        for column in range(4):
+            values = [abs(student[i, column] - teacher[i, column]) for i in range(30) if labels[i] == label]
+            np.testing.assert_allclose(found[label, column], sum(values) / len(values), rtol=1e-12)
+    assert np.isnan(found[3]).all()
+
+
+def test_ranked_logits_orders_names_and_correlates(teacher, student, tmp_path):
+    splits = data.load("digits")
+    images = splits.test.images[7:8]
+    reference, own = figures.predict([f"T={teacher}", f"S={student}"], images, 10, "--students")
+    assert (reference.label, own.label, own.embedding.shape) == ("T", "S", (1, 64))
+    ranks = [np.argsort(np.argsort(each.logits[0])) for each in (reference, own)]
+    rho = np.corrcoef(*ranks)[0, 1]  # no ties
+    arguments = ["ranked_logits", "--teacher", f"T={teacher}", "--students", f"S={student}", "--image", 7]
+    found = texts(*arguments)
+    assert f"(b) S: Spearman's ρ with the teacher {rho:.2f}" in found
+    assert f"test image 7, true class {splits.test.labels[7]}" in found
+    first, rank = own.logits[0].argmax(), 10 - ranks[0][own.logits[0].argmax()]
+    assert f"(teacher's rank)\n{first}  {own.logits[0].max():.1f}  ({rank})" in found
+    draw(tmp_path, *arguments)
+
+    args = figures.parse([str(argument) for argument in arguments])
+    axes = figures.draw_ranked_logits(args).axes
+    drawn = [axis.lines[0].get_ydata() for axis in axes[:2]]
+    order = np.argsort(-reference.logits[0])
+    np.testing.assert_array_equal(drawn, [reference.logits[0][order], own.logits[0][order]])
+
+
+def test_logit_difference_figure(teacher, student, tmp_path):
+    arguments = ["logit_difference", "--teacher", teacher, "--students", f"S={student}", f"T={teacher}"]
+    draw(tmp_path, *arguments, "--num_images", 40)
+    found = texts(*arguments, "--num_images", 40)
+    assert "T: mean 0.00" in found
+    assert "40 test images" in found
+
+
+def test_tsne(student, tmp_path):
+    draw(tmp_path, "tsne", "--networks", f"S={student}", "--classes", 1, 4, 7, "--num_images", 30)
+
+
+def test_curves_and_the_same_figure_is_the_same_file(tmp_path):
+    folders = [f"A={run(tmp_path / 'a')}", run(tmp_path / "b", lam=1.0)]
+    draw(tmp_path, "curves", "--runs", *folders)
+    before = [(tmp_path / f"figure.{suffix}").read_bytes() for suffix in ("png", "svg")]
+    draw(tmp_path, "curves", "--runs", *folders)
+    assert before == [(tmp_path / f"figure.{suffix}").read_bytes() for suffix in ("png", "svg")]
+
+
+def test_lambda_shows_the_paper_where_the_pair_is_the_papers(tmp_path):
+    ours = [run(tmp_path / f"{lam}-{seed}", lam=lam, seed=seed) for lam in (0.0, 1.0, 5.0) for seed in (0, 1)]
+    draw(tmp_path, "lambda", "--runs", *ours)
+    found = texts("lambda", "--runs", *ours)
+    assert "resnet20 > resnet8 by ranking_alignment, 20 steps, 2 seeds" in found
+    assert "paper" not in found
+    pair = {"dataset": "cifar100", "teacher": "resnet32x4", "student": "resnet8x4"}
+    theirs = [run(tmp_path / f"paper-{lam}", lam=lam, **pair) / "summary.json" for lam in (0.5, 5.0)]
+    assert "the paper's Table 5" in texts("lambda", "--runs", *theirs)
+
+
+def test_eps_shows_blocks(tmp_path):
+    folders = [run(tmp_path / f"eps-{eps}", eps=eps) for eps in (1.0, 0.1)]
+    draw(tmp_path, "eps", "--runs", *folders)
+    args = figures.parse(["eps", "--runs", *map(str, folders)])
+    lower = figures.draw_eps(args).axes[1]
+    np.testing.assert_array_equal(
+        [line.get_xydata() for line in lower.lines[:2]], [[[0.1, 2], [1, 2]], [[0.1, 3], [1, 3]]]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*RANKED, "{student}", "--image", "355"], "--image=355 .* 0 to 354"),
+        (["ranked_logits", "--teacher", "nowhere", "--students", "{student}"], "--teacher='nowhere' holds no network"),
+        ([*RANKED, "{teacher}"], "--dataset is missing"),
+        ([*RANKED, "{student}", "{hundred}"], "--students=.* on 100 classes, the data set has 10"),
+        (["tsne", "--networks", "{student}", "--classes", "1", "10"], "--classes: 10 is no class of digits"),
+        (["tsne", "--networks", "{student}", "--num_images", "999"], "--num_images=999 exceeds the 355"),
+        (["curves", "--runs", "nowhere"], "--runs: there is no nowhere/metrics.jsonl"),
+        (["lambda", "--runs", "nowhere"], "--runs: there is no nowhere"),
+        (["lambda", "--runs", "{teacher}/metadata.json"], "--runs: .* lacks 'config'"),
+        (["lambda", "--runs", "{a}", "{b}"], "--runs: they differ in eps, too"),
+        (["eps", "--runs", "{a}", "{b}"], "--runs: they differ in lam, too"),
+        (["eps", "--runs", "{empty}"], "--runs: .* has no line of kind 'train' yet"),
+    ],
+)
+def test_errors_name_the_flag(arguments, message, teacher, student, tmp_path):
+    variables, metadata = checkpoint.load_network(teacher)
+    checkpoint.save_network(tmp_path / "hundred", variables, metadata | {"num_classes": 100})
+    places = {"teacher": teacher, "student": student, "hundred": tmp_path / "hundred"}
+    places |= {"a": run(tmp_path / "a"), "b": run(tmp_path / "b", lam=1.0, eps=0.1), "empty": run(tmp_path / "empty")}
+    (tmp_path / "empty" / "metrics.jsonl").write_text("")
+    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+        figures.main([argument.format(**places) for argument in arguments])
+
+
+def test_class_names_come_from_the_data(tmp_path):
+    assert figures.class_names("digits", str(tmp_path), 3) == ["0", "1", "2"]
+    (tmp_path / "cifar3" / "1.0.0").mkdir(parents=True)
+    (tmp_path / "cifar3" / "1.0.0" / "label.labels.txt").write_text("cup\nmaple_tree\nsea\n")
+    assert figures.class_names("tfds:cifar3", str(tmp_path), 3) == ["cup", "maple tree", "sea"]
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / "train" / name).mkdir(parents=True)
+    assert figures.class_names(f"folder:{tmp_path / 'photos'}", "", 2) == ["cat", "dog"]
