@@ -384,10 +384,7 @@ def in_a_process(name, pair):
 def alone(name, pair):
     """One side's first step and five more; prints JSON."""
     start = time.perf_counter()
-    if name == "rkd_jax":
-        run = Ours(pair).stepper()
-    else:
-        run = torch_step(pair)
+    run = Ours(pair).stepper() if name == "rkd_jax" else torch_step(pair)
     run(1)
     first = time.perf_counter() - start
     run(5)
