@@ -18,6 +18,7 @@ PyTorch's time / ours. What the output file holds already of other pairs and sta
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -121,9 +122,10 @@ def parts(pair, flags):
 
 
 def extras(pair, flags):
-    """What a larger set on the device costs, and the method beside kd: ratios of step times."""
+    """A larger set on the device, the method beside kd, five lambdas in one program: ratios of step times."""
     ours = Ours(pair)
     sides = {
+        "five lambdas": ours.stepper(lams=(0.1, 0.5, 1.0, 5.0, 10.0)),
         "10,000 images": ours.stepper(10_000),
         "50,000 images": ours.stepper(50_000),
         "kd": Ours(pair, method="kd").stepper(),
@@ -132,6 +134,7 @@ def extras(pair, flags):
     ratios = {
         "50,000 images / 10,000": ratio(seconds, "50,000 images", "10,000 images"),
         "ranking_alignment / kd": ratio(seconds, "10,000 images", "kd"),
+        "five runs / one program of five": round(5 * ratio(seconds, "10,000 images", "five lambdas"), 3),
     }
     return {"ratio": ratios, "seconds": rounded(seconds)}
 
@@ -154,7 +157,7 @@ def time_in_turn(sides, repeats):
     """Seconds of a step of every side, [repeats] each; a side runs steps(n) and waits for the device."""
     count = 20 if ON_GPU else 1
     for run in sides.values():
-        run(2)
+        run(count)  # compiles
     seconds = {name: [] for name in sides}
     for _ in range(repeats):
         for name, run in sides.items():
@@ -188,20 +191,24 @@ class Ours:
         state = steps.create_state(self.rng, *networks, self.method, self.tx, shape, BATCH)
         self.state = steps.replicate(state, self.mesh)
 
-    def stepper(self, num_images=10_000, views=("weak", "strong")):
-        """A run of steps."""
+    def stepper(self, num_images=10_000, views=("weak", "strong"), lams=()):
+        """A run of steps, of several students where several lambdas are given."""
         images, labels = random_images(num_images, self.side, self.classes)
-        recipe = steps.Recipe(
-            views, "sum", {"padding": 4}, BATCH, num_images // BATCH, 10_000, NORMALIZATION, NORMALIZATION
-        )
-        inputs = steps.replicate(steps.Inputs(self.rng, images, labels, self.variables), self.mesh)
+        recipe = steps.Recipe(views, {"padding": 4}, BATCH, num_images // BATCH, 10_000, NORMALIZATION, NORMALIZATION)
+        inputs = steps.replicate(steps.Inputs(self.rng, (self.rng,), images, labels, self.variables), self.mesh)
         order = steps.replicate(steps.epoch_order(self.rng, 0, num_images), self.mesh)
-        train_step = steps.make_train_step(self.student, self.teacher, self.method, self.tx, recipe, self.mesh)
-        held = [jax.tree.map(jnp.copy, self.state)]  # it is donated
+        learners = [
+            steps.Learner(self.student, method, self.tx)
+            for method in ([dataclasses.replace(self.method, lam=lam) for lam in lams] or [self.method])
+        ]
+        inputs = inputs._replace(rngs=(self.rng,) * len(learners))
+        train_step = steps.make_train_step(learners, self.teacher, recipe, self.mesh)
+        held = [tuple(jax.tree.map(jnp.copy, self.state) for _ in learners)]  # they are donated
+        a_call = 10 if ON_GPU else 1
 
         def run(count):
-            for _ in range(count):
-                held[0], _ = train_step(held[0], inputs, order)
+            for done in range(0, count, a_call):
+                held[0], _ = train_step(held[0], inputs, order, min(a_call, count - done))
             jax.block_until_ready(held[0])
 
         return run
