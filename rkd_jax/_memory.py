@@ -2,10 +2,14 @@
 
 XLA:CPU takes a step's temporary memory, hundreds of megabytes, from malloc and frees it at the step's end. glibc then
 returns it to the system, and the next step pays for every page anew: a third of a small network's step on two cores.
+What is kept must not be many steps' memory, so that a step is not begun before the one before it has ended; on a CPU
+nothing is lost by that.
 """
 
 import ctypes
 import sys
+
+import jax
 
 TRIM_THRESHOLD, MMAP_MAX, ARENA_MAX = -1, -4, -8  # of glibc's mallopt
 
@@ -14,5 +18,6 @@ def keep() -> None:
     """Makes malloc keep what is freed, where it is glibc's; call it before jax starts its threads."""
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
         return
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     for parameter, value in ((ARENA_MAX, 1), (MMAP_MAX, 0), (TRIM_THRESHOLD, -1)):
         libc.mallopt(parameter, value)
