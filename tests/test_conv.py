@@ -28,6 +28,8 @@ KINDS = {  # side, channels, features, kernel, stride, padding, groups
     "1x1 strided": (16, 32, 64, 1, 2, 0, 1),
     "1x1 padded": (16, 32, 32, 1, 1, 1, 1),
     "depthwise": (8, 24, 24, 3, 1, 1, 24),
+    "depthwise strided": (17, 24, 24, 3, 2, 1, 24),
+    "depthwise 5x5": (7, 6, 6, 5, 1, 2, 6),
     "grouped": (8, 24, 48, 1, 1, 0, 3),
 }
 
@@ -69,7 +71,7 @@ def test_convolution_and_gradients_are_xlas_in_float64(kind):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
-@pytest.mark.parametrize("kind", ["16", "strided", "1x1"])
+@pytest.mark.parametrize("kind", ["16", "strided", "1x1", "depthwise"])
 def test_other_dtypes_are_xlas(kind, dtype):
     with jax.enable_x64(True):
         x, w, convolve = operands(*KINDS[kind], dtype=dtype)
