@@ -57,3 +57,23 @@ def test_methods_table_of_the_docs_is_that_of_results():
 
     record = json.loads((ROOT / "results" / "methods_digits.json").read_text())
     assert methods_digits.table(record) in (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_speeds_of_the_training_step_are_those_of_results():
+    pytest.importorskip("torch")
+    from benchmarks import train_step
+
+    found = json.loads((ROOT / "results" / "train_step_cpu.json").read_text())
+    page = (ROOT / "docs" / "speed.md").read_text()
+    assert train_step.table(found) in page
+    for value in found["resnet56-resnet20"]["extras"]["ratio"].values():
+        assert f"{value:.2f}" in page
+    for pair in ("resnet56-resnet20", "resnet32x4-resnet8x4"):
+        assert f"| {found[pair]['whole']['ratio']['whole step / PyTorch as used']:.2f} times |" in README
+
+
+def test_short_ablation_of_the_docs_is_that_of_results():
+    from benchmarks import fair_ablation
+
+    record = json.loads((ROOT / "results" / "fair_ablation_short.json").read_text())
+    assert fair_ablation.table(record) in (ROOT / "docs" / "findings.md").read_text()
