@@ -96,8 +96,8 @@ class Campaign:
     def __init__(self, out: Path, scale: str, minutes: float, data_dir: str, dtype: str | None, limit: int):
         self.out, self.scale, self.limit = out, scale, limit
         self.results, self.work = out / "results" / "tables", out / "work"
-        self._end = time.monotonic() + 60 * minutes - SCALES[scale].margin
-        self._minutes = minutes
+        self._start = time.monotonic()
+        self._end = self._start + 60 * minutes - SCALES[scale].margin
         self._record_path = out / "campaign.json"
         if not self._record_path.exists() and (out / "state" / "part-0").exists():
             pack.unpack(out / "state", out)
@@ -168,7 +168,7 @@ class Campaign:
             stopper.cancel()
             self.save()
             signal.signal(signal.SIGTERM, before)
-        print("\n" + self.next())
+        print(f"\nthis slice took {time.monotonic() - self._start:.0f} s\n{self.next()}")
 
     def _begin(self, item: Item) -> bool:
         """Takes up an item; False where this slice is over."""
@@ -252,9 +252,8 @@ class Campaign:
             if (folder / "best").exists():
                 halve(folder / "best", folder / "best")
                 found += _below(folder / "best")
-            steps = [int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()]
-            if steps and not (folder / "summary.json").exists():
-                found += _below(folder / "checkpoints" / str(max(steps)))
+            if (step := _saved(folder)) and not (folder / "summary.json").exists():
+                found += _below(folder / "checkpoints" / str(step))
         return {str(path.relative_to(self.out)): path for path in found if path.is_file()}
 
     def save(self) -> None:
@@ -284,12 +283,13 @@ class Campaign:
             return f"about {timedelta(seconds=item.seconds)}"
         seconds = 0.0
         for group in run.groups(run.missing(self.plan(item), self.results, self._cells_scale), len(item.members)):
-            lines = [json.loads(line) for path in [group[0].folder / "metrics.jsonl"] for line in _lines(path)]
+            config, folder = group[0].config, group[0].folder
+            lines = [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
             speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
             if not speeds:
                 return "time unknown"
-            config, splits = group[0].config, experiment.load_splits(experiment.Fields(group[0].config.to_dict()))
-            steps, done = len(splits.train.labels) // config.batch_size * config.num_epochs, lines[-1]["step"]
+            images = len(experiment.load_splits(experiment.Fields(config.to_dict())).train.labels)
+            steps, done = images // config.batch_size * config.num_epochs, _saved(folder)
             seconds += (steps - done) * config.batch_size / speeds[-1]
             where = f" from step {done:,} of {steps:,}"
         return f"about {timedelta(seconds=round(seconds))}{where} of training"
@@ -307,6 +307,11 @@ def halve(source: Path, target: Path, **facts: Any) -> None:
 
 def _below(path: Path) -> list[Path]:
     return [path] if path.is_file() else [each for each in sorted(path.rglob("*")) if each.is_file()]
+
+
+def _saved(folder: Path) -> int:
+    """The step of a run's newest checkpoint; 0 where it has none."""
+    return max((int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()), default=0)
 
 
 def _lines(path: Path) -> list[str]:
@@ -357,8 +362,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--state_mib", type=int, default=64, help="what DIR/state may take, in parts of 16 MiB")
     flags = parser.parse_args(arguments)
     logging.set_verbosity(logging.WARNING)
-    _memory.keep()
-    jax.config.update("jax_compilation_cache_dir", str((flags.out / "cache" / platform.node()).absolute()))
+    if not jax.config.jax_compilation_cache_dir:  # by host name, for programs for one CPU may not run on another
+        jax.config.update("jax_compilation_cache_dir", str((flags.out / "cache" / platform.node()).absolute()))
     data_dir = flags.data_dir
     try:
         if flags.scale == "smoke" and not data_dir:
@@ -376,4 +381,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    _memory.keep()
     main()
