@@ -148,14 +148,14 @@ def test_stopped_campaign_ends_as_one_in_one_go(short, tmp_path, monkeypatch, ca
     go(tmp_path / "a")
     text = capsys.readouterr().out
     assert "next: teacher, about" in text
-    assert "from step 6 of 12 of training\nthen: students, time unknown" in text
+    assert "from step 7 of 12 of training\nthen: students, time unknown" in text
     assert not (tmp_path / "a" / "teachers").exists()
     for before, after in ("ab", "bc"):  # the state alone goes to another folder
         (tmp_path / after).mkdir()
         (tmp_path / before / "state").rename(tmp_path / after / "state")
         names = campaign.Campaign(tmp_path / after, "smoke", 1, "", None, 1 << 26).files()
         assert not any("/last/" in name for name in names)
-        go(tmp_path / after)  # on from step 6: stopped again in the next item
+        go(tmp_path / after)  # on from step 7: stopped again in the next item
     text = capsys.readouterr().out
     assert text.strip().endswith("nothing is left")
 

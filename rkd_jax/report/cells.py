@@ -20,6 +20,11 @@ class Scale(NamedTuple):
     toy: dict | None = None  # for a toy on the digits in place of the pair's config: some methods' fields there
     networks: dict | None = None  # in place of the pair's
 
+    @property
+    def is_toy(self) -> bool:
+        """Whether the networks or the images are others than the paper's, so that nothing compares with its numbers."""
+        return self.toy is not None or self.networks is not None
+
 
 SCALES = {
     "full": Scale("the paper's recipe", {}),
