@@ -46,10 +46,13 @@ def main():
         "--seconds", type=float, default=12.0, help="limit for one shape and strength; 3 repetitions at least"
     )
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--quick", action="store_true", help="the first shape alone, three repetitions")
     flags = parser.parse_args()
+    if flags.quick:
+        flags.repeats = 3
     peers = [name for name in flags.peers if available(name)]
     rows = []
-    for shape in SHAPES:
+    for shape in SHAPES[: 1 if flags.quick else None]:
         for eps in STRENGTHS:
             for backward in (False, True):
                 row = compare(peers, shape, eps, backward, flags)

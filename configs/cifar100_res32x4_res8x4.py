@@ -3,6 +3,8 @@
 The paper: teacher 79.42, student alone 72.50, with ranking alignment 77.97 (lambda 5, eps 1).
 
     python main.py --config configs/cifar100_res32x4_res8x4.py --config.teacher_checkpoint=TEACHER
+
+Without the teacher's flag, it is the repository's teachers/resnet32x4, where that is there.
 """
 
 from configs import default
@@ -11,5 +13,6 @@ from configs import default
 def get_config():
     config = default.get_config()
     config.teacher = "resnet32x4"
+    config.teacher_checkpoint = default.shipped("resnet32x4")
     config.student = "resnet8x4"
     return config

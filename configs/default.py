@@ -3,10 +3,21 @@
 The config is locked: a misspelt field is an error that suggests the right one.
 """
 
+import os
+from pathlib import Path
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from rkd_jax import methods
+
+TEACHERS = Path(__file__).resolve().parents[1] / "teachers"
+
+
+def shipped(network: str) -> str:
+    """The folder of a CIFAR-100 teacher that the repository has under teachers/; "" where it has none."""
+    folder = TEACHERS / network
+    return os.path.relpath(folder) if (folder / "metadata.json").is_file() else ""
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from clu import parameter_overview
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -55,7 +54,7 @@ def evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str, Any]:
     result = steps.evaluate(eval_step, variables, *splits.test, fields.at_least("eval_batch_size", 1))
     return {
         "network": metadata["network"],
-        "parameters": int(parameter_overview.count_parameters(variables["params"])),
+        "parameters": models.count_parameters(variables["params"]),
         "step": metadata.get("step"),
         **result,
         "images": len(splits.test.labels),

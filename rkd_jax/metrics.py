@@ -1,5 +1,9 @@
-"""Where a run's numbers go: the console, `metrics.jsonl`, and TensorBoard event files. None of it needs TensorFlow."""
+"""Where a run's numbers go: the console, `metrics.jsonl`, and TensorBoard event files. None of it needs TensorFlow.
 
+Without tensorboardX there are no event files, which is said once; without tqdm, no progress bar.
+"""
+
+import functools
 import json
 import os
 import time
@@ -7,8 +11,14 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
+try:
+    from tensorboardX import SummaryWriter
+except ModuleNotFoundError:
+    SummaryWriter = None
+try:
+    from tqdm import tqdm
+except ModuleNotFoundError:
+    tqdm = None
 
 TIMES = ("images_per_second",)  # the only numbers that two identical runs do not share
 
@@ -32,15 +42,21 @@ class Writer:
         fresh.write_text("".join(kept))
         fresh.replace(path)
         self._file = path.open("a")
-        self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1 if step else None)
+        if SummaryWriter is None:
+            self._board = None
+            _say_once("tensorboardX is not installed: no event files; metrics.jsonl has the same numbers")
+        else:
+            self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1 if step else None)
         self._steps_per_epoch = steps_per_epoch
         self._num_steps = num_steps
         self._batch_size = batch_size
         self._step = step
-        self._bar: tqdm | None = None
+        self._bar = None
 
     def advance(self, steps: int = 1) -> None:
         """Moves the progress bar: on a terminal, there is none in a file."""
+        if tqdm is None:
+            return
         if self._bar is None:
             start = {"total": self._num_steps, "initial": self._step}
             self._bar = tqdm(**start, unit="step", disable=None, dynamic_ncols=True, leave=False)
@@ -51,7 +67,7 @@ class Writer:
         epoch = step / self._steps_per_epoch
         self._file.write(json.dumps({"step": step, "epoch": round(epoch, 4), "kind": kind, **metrics}) + "\n")
         self._file.flush()
-        for name, value in metrics.items():
+        for name, value in metrics.items() if self._board else ():
             self._board.add_scalar(f"{kind}/{name}", value, step)
         shown = {name: value for name, value in metrics.items() if name not in TIMES}
         line = f"{kind:5} step {step}/{self._num_steps} epoch {epoch:.2f} " + " ".join(
@@ -64,14 +80,15 @@ class Writer:
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""
-        tqdm.write(self._label + line)
+        (tqdm.write if tqdm else _say)(self._label + line)
 
     def close(self) -> None:
         """Finishes the files."""
         if self._bar is not None:
             self._bar.close()
         self._file.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
 
 
 class Silent:
@@ -88,6 +105,15 @@ class Silent:
 
     def close(self) -> None:
         """Nothing."""
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    _say(line)
 
 
 def _lines(path: Path) -> list[str]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from clu import parameter_overview
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -37,8 +36,9 @@ TEACHER = ("teacher", "teacher_checkpoint", "teacher_fingerprint", "fold_teacher
 def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
     """Runs a config in a folder, or goes on with the run that was interrupted there, and returns its summary.
 
-    The folder then holds `config.json`, `metrics.jsonl`, `tensorboard/`, `summary.json`, the networks `best/` and
-    `last/`, and the training state under `checkpoints/`. A resumed run ends with the same bits as one never stopped.
+    The folder then holds `config.json`, `parameters.txt`, `metrics.jsonl`, `tensorboard/`, `summary.json`, the networks
+    `best/` and `last/`, and the training state under `checkpoints/`. A resumed run ends with the same bits as one never
+    stopped.
 
     Raises:
       ValueError, FileNotFoundError: the config asks for what is not there (before anything is written).
@@ -157,7 +157,7 @@ class Student:
         self._label = label
         self._checkpoints = Checkpoints(workdir / "checkpoints") if processes.leads() else None
         self.state = run.create_state(jax.random.key(run.config["seed"]))
-        self.parameters = int(parameter_overview.count_parameters(self.state.params["student"]))
+        self.parameters = models.count_parameters(self.state.params["student"])
         self.progress: dict[str, Any] = {"best": None, "last": None, "totals": {}, "seconds": 0.0}
 
     def saved(self) -> list[int]:
@@ -183,6 +183,7 @@ class Student:
         if not self._checkpoints:
             return
         self._checkpoints.drop_after(start)
+        _write_overview(self.state.params["student"], self.workdir / "parameters.txt")
         recipe = self.run.recipe
         self.writer = Writer(
             self.workdir, start, recipe.num_steps, recipe.steps_per_epoch, recipe.batch_size, self._label
@@ -350,6 +351,14 @@ def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
         + (" | SMOKE: random images" if config["smoke"] else "")
         + (f" | goes on from step {start:,}" if start else "")
     )
+
+
+def _write_overview(params: Any, path: Path) -> None:
+    """Writes clu's table of a network's parameters, where clu is installed."""
+    with contextlib.suppress(ModuleNotFoundError):
+        from clu import parameter_overview
+
+        path.write_text(parameter_overview.get_parameter_overview(params) + "\n")
 
 
 def device_name() -> str:

@@ -1,6 +1,7 @@
 """Prepares a data set ahead of the first run: `python -m rkd_jax.data tiny_imagenet --data_dir DIR --archive X.zip`."""
 
 import argparse
+from pathlib import Path
 
 from rkd_jax import data
 from rkd_jax.data import _prepared
@@ -14,11 +15,15 @@ def main() -> None:
         "--data_dir", default="", help="TFDS's folder; default: $TFDS_DATA_DIR or ~/tensorflow_datasets"
     )
     parser.add_argument("--archive", default="", help="tiny_imagenet: an archive at hand, instead of a download")
+    parser.add_argument("--cache", type=Path, help="copy the decoded set here: a data_dir that needs no TFDS")
     arguments = parser.parse_args()
     try:
         if arguments.archive:
             _prepared.prepare(arguments.name, _prepared.folder(arguments.data_dir), archive=arguments.archive)
         splits = data.load(arguments.name, arguments.data_dir)
+        if arguments.cache:
+            name = arguments.name.removeprefix("tfds:")
+            print(f"copied to {_prepared.copy_cache(name, arguments.data_dir, arguments.cache)}")
     except (ValueError, OSError, ImportError) as error:
         parser.exit(1, f"{error}\n")
     for name, split in (("train", splits.train), ("test", splits.test)):

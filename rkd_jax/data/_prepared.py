@@ -54,7 +54,7 @@ def load(name: str, data_dir: str = "", image_size: int | None = None) -> Splits
     arrays = _decode(name, source, image_size)
     for cache in _caches(root, name, source, version, suffix):
         try:
-            _write(cache, name, source, arrays)
+            _write(cache, name, source.name, _fingerprint(source), arrays)
         except OSError as error:
             logging.info("No cache of %s written to %s: %s", name, cache, error)
         splits = _read(cache, name, source)  # ours, or that of a process that was faster
@@ -118,7 +118,7 @@ def _read(cache: Path, name: str, source: Path | None) -> Splits | None:
         return None
 
 
-def _write(cache: Path, name: str, source: Path, splits: Splits) -> None:
+def _write(cache: Path, name: str, version: str, fingerprint: str, splits: Splits) -> None:
     """Writes the cache under another name and moves it into place, so that no reader ever sees half of it."""
     cache.parent.mkdir(parents=True, exist_ok=True)
     if not cache.parent.stat().st_mode & 0o222:  # what its owner made read-only stays so, for root too
@@ -131,8 +131,8 @@ def _write(cache: Path, name: str, source: Path, splits: Splits) -> None:
         meta = {
             "format": _FORMAT,
             "name": name,
-            "version": source.name,
-            "fingerprint": _fingerprint(source),
+            "version": version,
+            "fingerprint": fingerprint,
             "num_classes": splits.num_classes,
             "mean": splits.mean,
             "std": splits.std,
@@ -317,6 +317,27 @@ def _by_hand(root: Path, patterns: Sequence[str]) -> str:
     """The first file of these names that a user has put in place; "" if there is none."""
     folder = root / "downloads" / "manual"
     return next((str(path) for pattern in patterns for path in sorted(folder.glob(pattern))), "")
+
+
+def copy_cache(name: str, data_dir: str, target: Path) -> Path:
+    """Copies a set's decoded cache to `target`/NAME/VERSION.uint8, which is all that training needs; its folder.
+
+    `target` is then a config.data_dir of its own. FileExistsError where there is something already.
+    """
+    load(name, data_dir)
+    root, (name, _, version) = folder(data_dir), name.partition(":")
+    source = _newest(root / name, version)
+    (found, *_) = (cache for cache in _caches(root, name, source, version, ".uint8") if _read(cache, name, source))
+    copy = target / name / f"{json.loads((found / 'meta.json').read_text())['version']}.uint8"
+    if copy.exists():
+        raise FileExistsError(f"--cache={str(target)!r} holds {copy.relative_to(target)} already; remove it first")
+    shutil.copytree(found, copy)
+    return copy
+
+
+def write_cache(name: str, target: Path, splits: Splits) -> None:
+    """Writes arrays as the decoded cache of a set: `target` is then a config.data_dir."""
+    _write(target / name / "0.0.0.uint8", name, "0.0.0", "", splits)
 
 
 def _reach(name: str, root: Path, files: dict[str, str]) -> None:

@@ -102,6 +102,11 @@ def _networks() -> dict[str, Callable[..., nn.Module]]:
     return {name: factory for family in families for name, factory in getattr(family, "NETWORKS", {}).items()}
 
 
+def count_parameters(params: Any) -> int:
+    """How many numbers a tree of arrays holds."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
 class Adapter(nn.Module):
     """A network of the user's own, made to return Outputs; its variables stay as they are."""
 

@@ -40,7 +40,7 @@ def load(results: Path, scale: str) -> Found:
 def markdown(numbers: Collection[int], scale: str, found: Found) -> str:
     """The tables: as the paper has them where they have several pairs, and then a part for each pair."""
     size = cells.SCALES[scale]
-    note = NOTE + (DIFFERENCE if size.toy is None else "")
+    note = NOTE + (DIFFERENCE if not size.is_toy else "")
     lines = [f"# The paper's tables, scale {scale}", "", f"Scale {scale}: {size.text}.", "", note]
     for table in (table for table in paper.TABLES if table.number in numbers):
         lines += ["", f"## Table {table.number}: {table.title} (scale {scale})"]
@@ -74,7 +74,7 @@ def part(table: paper.Table, column: int, scale: str, found: Found) -> list[str]
         ours = found.get((table.pairs[column], row.cell), [])
         used += ours
         rows.append(_row(row.name, row.numbers[column], ours))
-    if cells.SCALES[scale].toy is not None:  # a difference from the paper's would say nothing
+    if cells.SCALES[scale].is_toy:  # a difference from the paper's would say nothing
         header, rows = header[:-1], [row[:-1] for row in rows]
     return [*_lines(header, rows), "", source(used)]
 

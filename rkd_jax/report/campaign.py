@@ -1,0 +1,385 @@
+"""The paper's headline in slices of a GPU's time: `python -m rkd_jax.report.campaign --out DIR --minutes 9`.
+
+Each slice goes on where DIR says that the last one stopped, ends before its minutes are over, and says what is next.
+DIR/state is all that the next slice needs, on another machine too: docs/campaign.md.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from rkd_jax import _memory, checkpoint, data, evaluate, experiment
+from rkd_jax.data import _prepared
+from rkd_jax.report import cells, pack, paper, run
+
+ROOT = Path(__file__).resolve().parents[2]
+PAIR = "cifar100_res32x4_res8x4"
+NOT_PACKED = ("state", "state.new", "work", "data", "cache")  # of DIR; of work, a part: see `Campaign.files`
+
+
+class Scale(NamedTuple):
+    """How large a campaign is."""
+
+    cells: str  # the scale of its cells
+    margin: float  # seconds kept at a slice's end for the last save and for packing
+    least: float  # seconds without which no training is begun or taken up: it would compile and stop
+
+
+SCALES = {"full": Scale("full", margin=45.0, least=75.0), "smoke": Scale("tiny", margin=12.0, least=8.0)}
+
+
+class Item(NamedTuple):
+    """A part of the campaign: a benchmark, or runs."""
+
+    name: str
+    members: tuple[cells.Cell, ...] = ()  # those of one pair train in one program
+    command: tuple[str, ...] = ()  # of a benchmark: the module and its flags
+    seconds: float = 0.0  # that a benchmark is thought to take
+
+
+def items(scale: str) -> list[Item]:
+    """The campaign's list."""
+
+    def students(name: str, *chosen: tuple[str, str]) -> Item:
+        return Item(name, tuple(cells.Cell(pair, cell, 0) for pair, cell in chosen))
+
+    def teacher(network: str) -> Item:  # its result stands in every column that has it as its teacher
+        pairs = [pair for pair, title in paper.PAIRS.items() if title.startswith(f"{network} >") and "cifar" in pair]
+        return students(f"teacher-{network}", *((pair, "teacher") for pair in pairs))
+
+    ranking = "ranking_alignment"
+    return [
+        *_benchmarks(scale),
+        teacher("resnet32x4"),
+        # One program: the teacher and the views, most of a step, are computed once for the three.
+        students("headline", (PAIR, ranking), (PAIR, "cross_entropy"), (PAIR, "kd")),
+        students("eps", *((PAIR, f"{ranking}-eps={eps}-rank_scale=logits") for eps in (0.1, 0.05))),
+        students("resnet56-resnet20", ("cifar100_res56_res20", ranking)),  # with a given teacher, or not
+        students("alone-resnet8x4", ("teachers.cifar100_resnet8x4", "cross_entropy")),
+        teacher("wrn_40_2"),
+        students("students-wrn_40_2", ("cifar100_wrn40_2_wrn16_2", ranking), ("cifar100_wrn40_2_wrn40_1", ranking)),
+        teacher("vgg13"),
+        students("students-vgg13", ("cifar100_vgg13_vgg8", ranking)),
+    ]
+
+
+def _benchmarks(scale: str) -> list[Item]:
+    if scale == "smoke":
+        flags = ("--quick", "--peers", "while_loop")
+        return [Item("soft_rank", command=("benchmarks.soft_rank", *flags), seconds=10)]
+    steps = [
+        Item(f"train_step-{pair}", command=("benchmarks.train_step", "--pairs", pair, "--stages", "whole"), seconds=240)
+        for pair in ("resnet32x4-resnet8x4", "resnet56-resnet20")
+    ]
+    return [Item("soft_rank", command=("benchmarks.soft_rank", "--seconds", "4"), seconds=200), *steps]
+
+
+class Campaign:
+    """A campaign's folder, and the slice of it that is under way."""
+
+    def __init__(self, out: Path, scale: str, minutes: float, data_dir: str, dtype: str | None, limit: int):
+        self.out, self.scale, self.limit = out, scale, limit
+        self.results, self.work = out / "results" / "tables", out / "work"
+        self._start = time.monotonic()
+        self._end = self._start + 60 * minutes - SCALES[scale].margin
+        self._record_path = out / "campaign.json"
+        if not self._record_path.exists() and (out / "state" / "part-0").exists():
+            pack.unpack(out / "state", out)
+            print(f"unpacked {out / 'state'}")
+        self.record: dict[str, Any] = {"scale": scale, "items": {}}
+        if self._record_path.exists():
+            self.record = json.loads(self._record_path.read_text())
+        for flag, value in (("scale", scale), ("dtype", dtype)):
+            there = self.record.get(flag, value)
+            if value is not None and there != value:
+                raise ValueError(f"--{flag}={value}: {out} holds a campaign of {there}; use that, or another --out")
+        self._dtype = dtype
+        self._data_dir = data_dir
+        self._cells_scale = SCALES[scale].cells
+
+    # What is to be done.
+
+    def is_done(self, item: Item) -> bool:
+        """Whether nothing is left to do about an item: it is done, or has failed."""
+        return self.record["items"].get(item.name, {}).get("state") in ("done", "failed")
+
+    def open_items(self) -> list[Item]:
+        """The items that are left, in order."""
+        return [item for item in items(self.scale) if not self.is_done(item)]
+
+    def lacking(self, item: Item) -> str:
+        """The teacher that an item needs and that is neither there nor trained by it; "" where it can be run."""
+        for cell in item.members:
+            teacher = cells.configure(cell, self._cells_scale).teacher
+            if teacher and run.find(self.out / "teachers", teacher) is None:
+                return teacher
+        return ""
+
+    def plan(self, item: Item) -> list[run.Run]:
+        """An item's runs."""
+        planned = run.plan(item.members, self._cells_scale, self.work / item.name, self.out / "teachers")
+        for each in planned:
+            each.config.update(dtype=self.dtype(), data_dir=self._data_dir)
+        return planned
+
+    def dtype(self) -> str:
+        """The networks' arithmetic: as the campaign has it so far, as the flag says, or as suits the device."""
+        if "dtype" not in self.record:
+            self.record["dtype"] = self._dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
+        return self.record["dtype"]
+
+    def left(self) -> float:
+        """Seconds of this slice that are left for work."""
+        return self._end - time.monotonic()
+
+    # Doing it.
+
+    def slice(self) -> None:
+        """Works through the list until the minutes are over."""
+        stopper = threading.Timer(max(self.left(), 0.1), os.kill, (os.getpid(), signal.SIGTERM))
+        stopper.daemon = True
+        before = signal.signal(signal.SIGTERM, _stop)  # where the loop of training does not take it
+        stopper.start()
+        try:
+            for item in self.open_items():
+                if not self._begin(item):
+                    break
+        except SystemExit as stop:
+            if stop.code != 128 + signal.SIGTERM:
+                raise
+        finally:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            stopper.cancel()
+            self.save()
+            signal.signal(signal.SIGTERM, before)
+        print(f"\nthis slice took {time.monotonic() - self._start:.0f} s\n{self.next()}")
+
+    def _begin(self, item: Item) -> bool:
+        """Takes up an item; False where this slice is over."""
+        if item.command:
+            if self.left() < item.seconds:
+                print(f"\n{item.name} is left for the next slice: it takes about {item.seconds:.0f} s")
+            else:
+                self._note(item, **self._benchmark(item))
+            return True
+        if self.left() < SCALES[self.scale].least:
+            return False
+        if teacher := self.lacking(item):
+            print(f"\n{item.name} is skipped: there is no {teacher}")
+            self._note(item, state="skipped", note=f"there is no {teacher}; --teachers DIR names DIR/{teacher}")
+            return True
+        print(f"\n== {item.name}", flush=True)
+        planned = self.plan(item)
+        todo = run.missing(planned, self.results, self._cells_scale)
+        errors = run.execute(todo, self.results, self._cells_scale, together=len(planned))
+        with _uninterrupted():
+            facts = self._keep(item, planned)
+            self._note(item, state="failed" if errors else "done", **facts, **({"note": errors} if errors else {}))
+            self.save()
+        return True
+
+    def _benchmark(self, item: Item) -> dict[str, Any]:
+        """Runs a benchmark in a process of its own, before this one takes the device."""
+        output = self.out / "results" / f"{item.command[0].split('.')[1]}.json"
+        command = [sys.executable, "-m", *item.command, "--output", os.path.relpath(output, ROOT)]
+        print(f"\n== {item.name}: python {' '.join(command[1:])}", flush=True)
+        try:
+            ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=self.left() - 1)
+        except subprocess.TimeoutExpired:
+            return {"state": "failed", "note": "not done within the slice"}
+        if ran.returncode:
+            note = ((ran.stderr + ran.stdout).strip() or f"exit {ran.returncode}").splitlines()[-1]
+            print(f"failed: {note}")
+            return {"state": "failed", "note": note}
+        print(ran.stdout, flush=True)
+        return {"state": "done"}
+
+    def _note(self, item: Item, **facts: Any) -> None:
+        self.record["items"][item.name] = facts
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._record_path.write_text(json.dumps(self.record, indent=1) + "\n")
+
+    def _keep(self, item: Item, planned: Sequence[run.Run]) -> dict[str, Any]:
+        """Of an item's finished runs, keeps the best networks, as float16, and the curves; removes the rest."""
+        speeds = {}
+        for each in planned:
+            if each.given or not (each.folder / "summary.json").exists():
+                continue
+            cell, facts = each.cells[0], {}
+            summary = json.loads((each.folder / "summary.json").read_text())
+            speeds[cell.name] = summary["images_per_second"]
+            network = self.out / "networks" / item.name / each.config.student / cell.name
+            if cell.name == "teacher":
+                network = self.out / "teachers" / each.config.student
+            halve(each.folder / "best", network)
+            if cell.name == "teacher":  # measured as it is kept
+                config = each.config.copy_and_resolve_references()
+                config.dtype = "float32"
+                result = evaluate.evaluate(config, network)
+                trained = {"top1": summary["best"]["top1"], **{k: summary[k] for k in ("commit", "device", "date")}}
+                facts = {"top1": result["top1"], "top5": result["top5"], "trained": trained}
+                halve(network, network, **facts)
+            curves = self.out / "results" / "curves" / item.name / each.config.student
+            curves.mkdir(parents=True, exist_ok=True)
+            shutil.copy(each.folder / "metrics.jsonl", curves / f"{cell.name}.jsonl")
+        shutil.rmtree(self.work / item.name, ignore_errors=True)
+        return {"images_per_second": speeds}
+
+    # What lasts.
+
+    def files(self) -> dict[str, Path]:
+        """What the next slice needs, by name: of runs under way the newest checkpoint, and the best network."""
+        found = [path for each in sorted(self.out.glob("*")) if each.name not in NOT_PACKED for path in _below(each)]
+        for config in sorted(self.work.rglob("config.json")):
+            folder = config.parent
+            found += [folder / name for name in ("config.json", "metrics.jsonl", "summary.json")]
+            if (folder / "best").exists():
+                halve(folder / "best", folder / "best")
+                found += _below(folder / "best")
+            if (step := _saved(folder)) and not (folder / "summary.json").exists():
+                found += _below(folder / "checkpoints" / str(step))
+        return {str(path.relative_to(self.out)): path for path in found if path.is_file()}
+
+    def save(self) -> None:
+        """Packs the state; an error where it is too large."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        self._record_path.write_text(json.dumps(self.record, indent=1) + "\n")
+        size = pack.pack(self.files(), self.out / "state", self.limit)
+        print(f"state: {size / 2**20:.1f} MiB in {self.out / 'state'}", flush=True)
+
+    def next(self) -> str:
+        """What is done, what failed or was skipped, and what is next, with the time that it will take."""
+        listed, notes = items(self.scale), self.record["items"]
+        done = [item for item in listed if notes.get(item.name, {}).get("state") == "done"]
+        lines = [f"{len(done)} of {len(listed)} items are done"]
+        for item in listed:
+            facts = notes.get(item.name, {})
+            if facts.get("state") in ("failed", "skipped"):
+                lines.append(f"{facts['state']}: {item.name}: {facts.get('note')}")
+        waiting = [item for item in self.open_items() if notes.get(item.name, {}).get("state") != "skipped"]
+        for i, item in enumerate(waiting):
+            lines.append(f"{'then' if i else 'next'}: {item.name}, {self.estimate(item)}")
+        return "\n".join(lines if waiting else [*lines, "nothing is left"])
+
+    def estimate(self, item: Item) -> str:
+        """How long an item will take, by the images per second measured in it."""
+        if item.command:
+            return f"about {timedelta(seconds=item.seconds)}"
+        seconds = 0.0
+        for group in run.groups(run.missing(self.plan(item), self.results, self._cells_scale), len(item.members)):
+            config, folder = group[0].config, group[0].folder
+            lines = [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
+            speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
+            if not speeds:
+                return "time unknown"
+            images = len(experiment.load_splits(experiment.Fields(config.to_dict())).train.labels)
+            steps, done = images // config.batch_size * config.num_epochs, _saved(folder)
+            seconds += (steps - done) * config.batch_size / speeds[-1]
+            where = f" from step {done:,} of {steps:,}"
+        return f"about {timedelta(seconds=round(seconds))}{where} of training"
+
+
+def halve(source: Path, target: Path, **facts: Any) -> None:
+    """Writes a network with its kernels as float16, half its size, and `facts` added to its metadata."""
+    if source == target and not facts and checkpoint.read_metadata(source).get("kernels") == "float16":
+        return
+    variables, metadata = checkpoint.load_network(source, field=str(source))
+    del metadata["fingerprint"]
+    variables = jax.tree.map(lambda x: x.astype(np.float16) if x.ndim > 1 else x, variables)
+    checkpoint.save_network(target, variables, metadata | {"kernels": "float16"} | facts)
+
+
+def _below(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [each for each in sorted(path.rglob("*")) if each.is_file()]
+
+
+def _saved(folder: Path) -> int:
+    """The step of a run's newest checkpoint; 0 where it has none."""
+    return max((int(path.name) for path in folder.glob("checkpoints/*") if path.name.isdigit()), default=0)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """SIGTERM waits until the end of what must not be done by half."""
+    waiting: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if waiting:
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def _random_data(folder: Path) -> None:
+    """Noise in the form of CIFAR-100, as its decoded cache."""
+    if not (folder / "cifar100").exists():
+        _prepared.write_cache("cifar100", folder, data.random("cifar100", 320, 100))
+
+
+def _take_teachers(given: Path, target: Path, scale: str) -> None:
+    """Copies the teachers that are given and that the campaign has none of yet."""
+    for item in items(scale):
+        for cell in item.members:
+            network = cells.configure(cell, SCALES[scale].cells).teacher
+            if network and run.find(target, network) is None and (found := run.find(given, network)):
+                shutil.copytree(found, target / network)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m rkd_jax.report.campaign", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the campaign's folder; DIR/state is enough to go on")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of this slice; 0 unpacks and says what is next")
+    parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="smoke: a rehearsal of minutes on a CPU")
+    parser.add_argument("--data_dir", default="", help="as config.data_dir; smoke without it: random images")
+    parser.add_argument("--teachers", type=Path, help="it holds teachers that need not be trained: NAME or NAME/best")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument("--state_mib", type=int, default=64, help="what DIR/state may take, in parts of 16 MiB")
+    flags = parser.parse_args(arguments)
+    logging.set_verbosity(logging.WARNING)
+    if not jax.config.jax_compilation_cache_dir:  # by host name, for programs for one CPU may not run on another
+        jax.config.update("jax_compilation_cache_dir", str((flags.out / "cache" / platform.node()).absolute()))
+    data_dir = flags.data_dir
+    try:
+        if flags.scale == "smoke" and not data_dir:
+            data_dir = str(flags.out / "data")
+            _random_data(flags.out / "data")
+        campaign = Campaign(flags.out, flags.scale, flags.minutes, data_dir, flags.dtype, flags.state_mib << 20)
+        if flags.teachers:
+            _take_teachers(flags.teachers, flags.out / "teachers", flags.scale)
+        if flags.minutes > 0:
+            campaign.slice()
+        else:
+            print(campaign.next())
+    except (ValueError, OSError) as error:
+        sys.exit(f"Error: {error}")
+
+
+if __name__ == "__main__":
+    _memory.keep()
+    main()

@@ -1,0 +1,103 @@
+"""Files in a few parts of limited size, with checksums: what one slice of a campaign hands to the next.
+
+All files go into one zip, which is cut. The bytes of an array's file are first put in another order, all the words'
+lowest bytes, then all the next: those that hold signs and exponents then deflate to a third, and float32 and float16
+weights to five sixths.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+PART = 16 << 20  # bytes at most
+HEADER = 512  # bytes kept for a part's first line
+TEXT = (".json", ".jsonl", ".txt", ".md")  # suffixes of files that are not arrays
+
+
+def pack(files: Mapping[str, Path], folder: Path, limit: int) -> int:
+    """Writes `files`, by name, as `folder`/part-0, part-1, ..., in place of what is there; returns their bytes.
+
+    ValueError, naming the sizes, where the parts have more than `limit` bytes together; what is there stays.
+    """
+    buffer, sizes = io.BytesIO(), {}
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, path in sorted(files.items()):
+            content = path.read_bytes()
+            archive.writestr(name, content if path.suffix in TEXT else _by_significance(content))
+            sizes[name] = archive.getinfo(name).compress_size
+    whole = buffer.getbuffer()
+    step = PART - HEADER
+    chunks = [whole[start : start + step] for start in range(0, len(whole), step)]
+    total = len(whole) + HEADER * len(chunks)
+    if total > limit:
+        raise ValueError(_too_large(sizes, total, limit))
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    state = hashlib.sha256(whole).hexdigest()
+    for i, chunk in enumerate(chunks):
+        facts = {"part": i, "parts": len(chunks), "state": state, "sha256": hashlib.sha256(chunk).hexdigest()}
+        (fresh / f"part-{i}").write_bytes(json.dumps(facts).encode() + b"\n" + chunk)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+    return total
+
+
+def unpack(folder: Path, target: Path) -> None:
+    """Writes the files of `folder`'s parts into `target`; ValueError where a part is lacking, damaged or another's."""
+    parts = sorted(folder.glob("part-*"), key=lambda path: int(path.name.split("-")[1]))
+    whole, first = b"", {}
+    for i, path in enumerate(parts):
+        line, _, chunk = path.read_bytes().partition(b"\n")
+        try:
+            facts = json.loads(line)
+        except ValueError:
+            facts = {}
+        if facts.get("sha256") != hashlib.sha256(chunk).hexdigest():
+            raise ValueError(f"{path} is damaged; copy it again")
+        first = first or facts
+        if (facts["part"], facts["state"]) != (i, first["state"]):
+            raise ValueError(f"{path} is of another slice than {parts[0]}, or one before it is lacking; copy all again")
+        whole += chunk
+    if len(parts) != first.get("parts"):
+        raise ValueError(f"{folder} holds {len(parts)} of {first.get('parts', 'no')} parts; copy all of them")
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        for name in archive.namelist():
+            path = target / name
+            if not path.resolve().is_relative_to(target.resolve()):
+                raise ValueError(f"{folder} names a file outside of {target}: {name}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = archive.read(name)
+            path.write_bytes(content if path.suffix in TEXT else _by_word(content))
+
+
+def _by_significance(content: bytes) -> bytes:
+    """The first bytes of all words of four, then the second ones, ...; what is left over, last."""
+    whole = len(content) // 4 * 4
+    return np.frombuffer(content[:whole], np.uint8).reshape(-1, 4).T.tobytes() + content[whole:]
+
+
+def _by_word(content: bytes) -> bytes:
+    """Undoes `_by_significance`."""
+    whole = len(content) // 4 * 4
+    return np.frombuffer(content[:whole], np.uint8).reshape(4, -1).T.tobytes() + content[whole:]
+
+
+def _too_large(sizes: Mapping[str, int], total: int, limit: int) -> str:
+    folders: dict[str, int] = {}
+    for name, size in sizes.items():
+        place = "/".join(name.split("/")[:2])
+        folders[place] = folders.get(place, 0) + size
+    largest = sorted(folders.items(), key=lambda item: -item[1])[:8]
+    return (
+        f"the state takes {total / 2**20:.1f} MiB and may take {limit / 2**20:.1f}: "
+        + ", ".join(f"{name} {size / 2**20:.1f}" for name, size in largest)
+        + "; copy what is finished (networks/, teachers/ that no later item needs) elsewhere and delete it here, or "
+        "raise --state_mib"
+    )

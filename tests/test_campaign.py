@@ -1,0 +1,245 @@
+"""The campaign: its parts, its list, stopping and going on; and training without the optional packages."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_train import assert_same
+
+from configs import cifar100_res32x4_res8x4, default
+from rkd_jax import checkpoint, data, train
+from rkd_jax.data import _prepared
+from rkd_jax.report import campaign, cells, pack, run, tables
+
+TIMES = ("seconds", "images_per_second", "date", "command")
+
+
+@pytest.fixture
+def files(tmp_path):
+    weights = np.random.default_rng(0).normal(0, 0.1, 60_000).astype(np.float32)
+    (tmp_path / "from").mkdir()
+    (tmp_path / "from" / "weights").write_bytes(weights.tobytes() + b"xyz")
+    (tmp_path / "from" / "facts.json").write_text("{}\n")
+    return {f"a/{path.name}": path for path in (tmp_path / "from").iterdir()}
+
+
+def test_parts_hold_the_files_and_are_smaller(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "PART", 60_000)
+    size = pack.pack(files, tmp_path / "state", 1 << 20)
+    parts = list((tmp_path / "state").iterdir())
+    assert len(parts) == 4
+    assert size < 0.9 * 240_000
+    assert max(part.stat().st_size for part in parts) <= 60_000
+    pack.unpack(tmp_path / "state", tmp_path / "to")
+    for name, path in files.items():
+        assert (tmp_path / "to" / name).read_bytes() == path.read_bytes()
+
+
+def test_bad_parts_are_named(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(pack, "PART", 60_000)
+    pack.pack(files, tmp_path / "state", 1 << 20)
+    second = tmp_path / "state" / "part-1"
+    content = second.read_bytes()
+    second.write_bytes(content[:-1] + b"!")
+    with pytest.raises(ValueError, match="part-1 is damaged"):
+        pack.unpack(tmp_path / "state", tmp_path / "to")
+    second.unlink()
+    with pytest.raises(ValueError, match=r"part-2 is of another slice|one before it is lacking"):
+        pack.unpack(tmp_path / "state", tmp_path / "to")
+    second.write_bytes(content)
+    (tmp_path / "state" / "part-3").unlink()
+    with pytest.raises(ValueError, match="3 of 4 parts"):
+        pack.unpack(tmp_path / "state", tmp_path / "to")
+    before = (tmp_path / "state" / "part-0").read_bytes()
+    with pytest.raises(ValueError, match=r"takes 0\.2 MiB and may take 0\.1: a/weights 0\.2.*--state_mib"):
+        pack.pack(files, tmp_path / "state", 100_000)
+    assert (tmp_path / "state" / "part-0").read_bytes() == before
+
+
+def test_state_of_the_largest_run_fits():
+    """resnet32x4's float32 state and its best as float16, at what random weights come to, in 64 MiB."""
+    weights = np.random.default_rng(0).normal(0, 0.03, 1 << 20).astype(np.float32)
+    deflated = [len(zlib.compress(pack._by_significance(w.tobytes()), 1)) for w in (weights, weights.astype("f2"))]
+    assert 7_433_860 * (2 * deflated[0] + deflated[1]) / (1 << 20) < 63 << 20
+
+
+def test_list_is_made_of_cells():
+    for scale in campaign.SCALES:
+        for item in campaign.items(scale):
+            assert bool(item.command) != bool(item.members)
+            for cell in item.members:
+                config = cells.configure(cell, campaign.SCALES[scale].cells)
+                assert config.method in ("cross_entropy", "kd", "ranking_alignment")
+    listed = {item.name: item for item in campaign.items("full")}
+    assert [cell.pair for cell in listed["teacher-wrn_40_2"].members] == [
+        "cifar100_wrn40_2_wrn16_2", "cifar100_wrn40_2_wrn40_1", "cifar100_wrn40_2_sv1",
+    ]  # fmt: skip
+    eps = cells.configure(listed["eps"].members[1], "full")
+    assert (eps.eps, eps.rank_scale, eps.num_epochs, eps.views) == (0.05, "logits", 300, "both")
+    (alone,) = listed["alone-resnet8x4"].members
+    config = cells.configure(alone, "full")
+    assert (config.student, config.num_epochs, config.views) == ("resnet8x4", 240, "weak")
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """A list of two items, of 12 steps each, and no margin."""
+    ranking = cells.Cell(campaign.PAIR, "ranking_alignment", 0)
+    listed = [
+        campaign.Item("bench", command=("benchmarks.nothing",), seconds=1),
+        campaign.Item("teacher", (cells.Cell(campaign.PAIR, "teacher", 0),)),
+        campaign.Item("students", (ranking, ranking._replace(name="kd"))),
+        campaign.Item("given", (cells.Cell("cifar100_res56_res20", "kd", 0),)),
+    ]
+    monkeypatch.setattr(campaign, "items", lambda scale: listed)
+    monkeypatch.setitem(campaign.SCALES, "smoke", campaign.Scale("tiny", margin=0.0, least=0.0))
+    size = cells.SCALES["tiny"]
+    fields = {"num_train": 32, "num_test": 20, "batch_size": 8, "log_every": 2}
+    monkeypatch.setitem(cells.SCALES, "tiny", size._replace(overrides=size.overrides | fields))
+
+
+def go(out, minutes=9):
+    campaign.main(["--out", str(out), "--scale", "smoke", "--minutes", str(minutes)])
+
+
+def outcome(out):
+    """The networks, and the results but for times."""
+    networks = {
+        str(path.parent.relative_to(out)): checkpoint.load_network(path.parent)[0]
+        for path in sorted(out.glob("*/**/metadata.json"))
+        if path.relative_to(out).parts[0] in ("teachers", "networks")
+    }
+    results = {}
+    for path in sorted((out / "results" / "tables").rglob("*.json")):
+        result = {name: value for name, value in json.loads(path.read_text()).items() if name not in TIMES}
+        for field in ("data_dir", "teacher_checkpoint"):
+            result.get("config", {}).pop(field, None)
+        results[path.name] = result
+    for path in sorted((out / "results" / "curves").rglob("*.jsonl")):
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        results[path.name] = [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    return networks, results
+
+
+def test_stopped_campaign_ends_as_one_in_one_go(short, tmp_path, monkeypatch, capsys):
+    go(tmp_path / "whole")
+    text = capsys.readouterr().out
+    assert "failed: bench" in text
+    assert "No module named" in text
+    assert "skipped: given: there is no resnet20" in text
+    assert text.strip().endswith("nothing is left")
+
+    # The signal comes when a network has logged its sixth step, as from the timer.
+    log = train.Student.log
+
+    def stop(self, step, totals, speed):
+        log(self, step, totals, speed)
+        if step == 6 and self.run.config["method"] != "kd":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Student, "log", stop)
+    go(tmp_path / "a")
+    text = capsys.readouterr().out
+    assert "next: teacher, about" in text
+    assert "from step 7 of 12 of training\nthen: students, time unknown" in text
+    assert not (tmp_path / "a" / "teachers").exists()
+    for before, after in ("ab", "bc"):  # the state alone goes to another folder
+        (tmp_path / after).mkdir()
+        (tmp_path / before / "state").rename(tmp_path / after / "state")
+        names = campaign.Campaign(tmp_path / after, "smoke", 1, "", None, 1 << 26).files()
+        assert not any("/last/" in name for name in names)
+        go(tmp_path / after)  # on from step 7: stopped again in the next item
+    text = capsys.readouterr().out
+    assert text.strip().endswith("nothing is left")
+
+    (networks, results), (there, found) = outcome(tmp_path / "whole"), outcome(tmp_path / "c")
+    assert found == results
+    assert set(there) == set(networks) == {
+        "teachers/resnet8", "networks/students/resnet8/kd", "networks/students/resnet8/ranking_alignment",
+    }  # fmt: skip
+    for name, variables in networks.items():
+        assert_same(there[name], variables)
+    metadata = checkpoint.read_metadata(tmp_path / "c" / "teachers" / "resnet8")
+    assert (metadata["kernels"], metadata["num_classes"], 0 <= metadata["top1"] <= 100) == ("float16", 100, True)
+    table = tables.markdown([4], "tiny", tables.load(tmp_path / "c" / "results" / "tables", "tiny"))
+    assert "Ours: 2 results" in table
+
+
+def test_campaign_of_another_scale_or_dtype_is_an_error(tmp_path):
+    (tmp_path / "campaign.json").write_text(json.dumps({"scale": "full", "dtype": "bfloat16", "items": {}}))
+    with pytest.raises(SystemExit, match=r"--scale=smoke.*holds a campaign of full"):
+        go(tmp_path)
+    with pytest.raises(SystemExit, match=r"--dtype=float32.*holds a campaign of bfloat16"):
+        campaign.main(["--out", str(tmp_path), "--dtype", "float32", "--minutes", "0"])
+
+
+def test_nothing_done_yet(tmp_path, capsys):
+    campaign.main(["--out", str(tmp_path), "--minutes", "0"])
+    text = capsys.readouterr().out
+    assert "0 of 12 items are done\nnext: soft_rank, about 0:03:20\n" in text
+    assert "then: headline, time unknown" in text
+
+
+def test_given_teachers_are_taken_once(teacher, tmp_path):
+    (tmp_path / "given" / "resnet20").mkdir(parents=True)
+    (tmp_path / "given" / "resnet20" / "best").symlink_to(teacher)
+    campaign._take_teachers(tmp_path / "given", tmp_path / "teachers", "smoke")
+    assert run.find(tmp_path / "teachers", "resnet20") == tmp_path / "teachers" / "resnet20"
+
+
+def test_headline_takes_the_teacher_of_the_repository(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(default, "TEACHERS", tmp_path)
+    assert cifar100_res32x4_res8x4.get_config().teacher_checkpoint == ""
+    (tmp_path / "resnet32x4").symlink_to(teacher)
+    there = cifar100_res32x4_res8x4.get_config().teacher_checkpoint
+    assert Path(there).resolve() == teacher.resolve()
+
+
+def test_cache_is_enough_to_load_from(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    _prepared.write_cache("cifar100", tmp_path / "a", data.random("cifar100", 10, 5))
+    copy = _prepared.copy_cache("cifar100", str(tmp_path / "a"), tmp_path / "b")
+    assert copy == tmp_path / "b" / "cifar100" / "0.0.0.uint8"
+    splits, expected = data.load("cifar100", str(tmp_path / "b")), data.random("cifar100", 10, 5)
+    np.testing.assert_array_equal(splits.train.images, expected.train.images)
+    np.testing.assert_array_equal(splits.test.labels, expected.test.labels)
+    with pytest.raises(FileExistsError, match=r"--cache.*remove it first"):
+        _prepared.copy_cache("cifar100", str(tmp_path / "a"), tmp_path / "b")
+
+
+WITHOUT = """
+import sys
+for name in ("clu", "tqdm", "tensorboardX", "sklearn", "safetensors", "tensorflow", "tensorflow_datasets",
+             "array_record", "torch"):
+    sys.modules[name] = None
+from configs import cifar100_res56_res20 as pair
+from rkd_jax import runs, evaluate
+from rkd_jax.report import campaign, run, tables
+config = pair.get_config()
+config.update(smoke=True, student="resnet8", teacher="resnet8")
+runs.run(config, sys.argv[1])
+evaluate.run(config, sys.argv[1])
+"""
+
+
+def test_training_and_evaluation_need_few_packages(tmp_path):
+    command = [sys.executable, "-c", WITHOUT, str(tmp_path / "a")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tensorboardX is not installed: no event files") == 1
+    assert "last: resnet8, step 4: top-1" in done.stdout
+    assert not (tmp_path / "a" / "parameters.txt").exists()
+    assert not (tmp_path / "a" / "tensorboard").exists()
+
+
+def test_parameters_are_listed_where_clu_is(tiny, tmp_path):
+    train.train_and_evaluate(tiny(), tmp_path / "a")
+    text = (tmp_path / "a" / "parameters.txt").read_text()
+    assert "77,754" in text
