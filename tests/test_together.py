@@ -178,3 +178,15 @@ def test_wrong_sweep_is_named(tiny, tmp_path, sweep, message):
     with pytest.raises(ValueError, match=message):
         runs.run(tiny(sweep=sweep), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_eps_1_is_the_squared_error_of_the_centred_logits(tiny, tmp_path):
+    """The same training run, as long as rounding has not grown: in one block, there is no rank in the soft ranks."""
+    configs = [tiny(lam=5.0, eps=1.0, learning_rate=1e-3), tiny(learning_rate=1e-3)]
+    configs[1].method = "benchmarks.fair_ablation:CentredMSE"
+    train.train_together([(config, tmp_path / f"{i}") for i, config in enumerate(configs)])
+    ranks, logits = (records(tmp_path / f"{i}") for i in range(2))
+    for one, other in zip(ranks, logits, strict=True):
+        if one["kind"] == "train":
+            assert one["student_one_block"] == one["teacher_blocks"] == 1
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
