@@ -169,3 +169,19 @@ def test_class_names_come_from_the_data(tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "photos" / "train" / name).mkdir(parents=True)
     assert figures.class_names(f"folder:{tmp_path / 'photos'}", "", 2) == ["cat", "dog"]
+
+
+def test_names_and_folders_may_have_an_equals_sign(tmp_path):
+    folder = tmp_path / "sweep" / "lam=0.1,seed=0"
+    folder.mkdir(parents=True)
+    assert figures.named(str(folder)) == ("lam=0.1,seed=0", folder)
+    assert figures.named(f"RA={folder}") == ("RA", folder)
+    assert figures.named(f"eps=1={folder}") == ("eps=1", folder)
+
+
+def test_table_5_is_that_of_the_paper():
+    pair = {"dataset": "cifar100", "teacher": "resnet32x4", "student": "resnet8x4"}
+    assert figures.table_5(pair) == {0.1: 75.59, 0.5: 76.74, 1: 77.17, 5: 77.97, 10: 77.71}
+    pair = {"dataset": "tiny_imagenet", "teacher": "ResNet18", "student": "MobileNetV2"}
+    assert figures.table_5(pair)[10] == 64.30
+    assert figures.table_5(pair | {"student": "ShuffleV2"}) == {}

@@ -86,7 +86,7 @@ def differ(*changes, **shared):
 
 
 SWEEPS = {
-    "lambdas": differ({"lam": 0.1}, {"lam": 5.0}, {"lam": 10.0}, views="both"),
+    "lambdas": differ(*({"lam": lam} for lam in (0.1, 0.5, 1.0, 5.0, 10.0)), views="both"),
     "methods": differ(
         {"method": "cross_entropy", "teacher_checkpoint": ""}, {"method": "kd"}, {"method": "ranking_alignment"}
     ),

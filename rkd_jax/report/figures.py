@@ -28,6 +28,7 @@ from scipy import stats
 
 from rkd_jax import checkpoint, data, evaluate, train
 from rkd_jax.data import _prepared
+from rkd_jax.report import paper
 
 # Okabe and Ito's colours, which readers who are colour-blind tell apart, without the yellow that vanishes on white.
 BLUE, RED, GREEN, PURPLE, SKY, ORANGE, BLACK = (
@@ -46,11 +47,6 @@ STYLE = {
     "savefig.dpi": 160,
     "svg.hashsalt": "rkd_jax",  # the same figure is the same file
 }
-# The paper's Table 5: top-1 % by lambda.
-TABLE_5 = {
-    ("cifar100", "resnet32x4", "resnet8x4"): {0.1: 75.59, 0.5: 76.74, 1: 77.17, 5: 77.97, 10: 77.71},
-    ("tiny_imagenet", "resnet18", "mobilenetv2"): {0.5: 62.15, 1: 63.16, 5: 64.02, 10: 64.30, 15: 64.03},
-}
 
 
 # Networks: what they say about test images.
@@ -65,8 +61,9 @@ class Predicted(NamedTuple):
 
 
 def named(text: str) -> tuple[str, Path]:
-    """ "NAME=FOLDER" or "FOLDER" -> (name, folder)."""
-    name, _, path = text.rpartition("=")
+    """ "NAME=FOLDER" or "FOLDER" -> (name, folder); a sweep's folders have "=" in their names, and so may a name."""
+    splits = [("", text)] + [(text[:i], text[i + 1 :]) for i, letter in enumerate(text) if letter == "="]
+    name, path = next((split for split in splits if Path(split[1]).exists()), splits[-1])
     folder = Path(path)
     return name or (folder.parent.name if folder.name in ("best", "last") else folder.name), folder
 
@@ -300,14 +297,22 @@ def draw_lambda(args: argparse.Namespace) -> Figure:
     axis = figure.subplots()
     _accuracies(axis, values, records)
     config = records[0]["config"]
-    pair = (config["dataset"], config["teacher"].lower(), config["student"].lower())
-    if pair in TABLE_5:
-        axis.plot(*zip(*TABLE_5[pair].items(), strict=True), "d--", color=BLACK, label="the paper's Table 5")
+    if papers := table_5(config):
+        axis.plot(*zip(*papers.items(), strict=True), "d--", color=BLACK, label="the paper's Table 5")
     axis.set(xlabel="λ, weight of the ranking term", ylabel="test top-1, %")
-    _log(axis, [*values, *TABLE_5.get(pair, ())])
+    _log(axis, [*values, *papers])
     figure.legend(loc="outside lower center", ncols=3)
     figure.suptitle(_title(records, "accuracy by λ; ε = {:g}".format(records[0]["config"]["eps"])))
     return figure
+
+
+def table_5(config: Mapping[str, Any]) -> dict[float, float]:
+    """The paper's top-1 in percent by lambda, where it has them for a config's pair; else {}."""
+    title, dataset = f"{config['teacher']} > {config['student']}".lower(), config["dataset"].replace("_", "")
+    for table in (table for table in paper.TABLES if table.number == 5):
+        if table.pairs[0].startswith(dataset) and paper.PAIRS[table.pairs[0]].lower() == title:
+            return {float(row.name): row.numbers[0] for row in table.rows}
+    return {}
 
 
 def draw_eps(args: argparse.Namespace) -> Figure:
