@@ -28,7 +28,12 @@ KINDS = {  # side, channels, features, kernel, stride, padding, groups
     "1x1 strided": (16, 32, 64, 1, 2, 0, 1),
     "1x1 padded": (16, 32, 32, 1, 1, 1, 1),
     "depthwise": (8, 24, 24, 3, 1, 1, 24),
+    "depthwise of whole vectors": (9, 32, 32, 3, 1, 1, 32),
     "depthwise strided": (17, 24, 24, 3, 2, 1, 24),
+    "depthwise strided, even": (16, 32, 32, 3, 2, 1, 32),
+    "depthwise, padded by 0": (8, 24, 24, 3, 1, 0, 24),
+    "depthwise, padded by 2": (8, 24, 24, 3, 2, 2, 24),
+    "depthwise, padded by 3": (8, 24, 24, 3, 1, 3, 24),
     "depthwise 5x5": (7, 6, 6, 5, 1, 2, 6),
     "grouped": (8, 24, 48, 1, 1, 0, 3),
 }

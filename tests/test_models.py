@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
+from jax.test_util import check_grads
 
 from rkd_jax import convert, models
 from rkd_jax.models import __main__ as table
@@ -249,6 +250,23 @@ def test_batch_statistics_survive_a_large_mean():
     exact = x.astype(np.float64)
     exact = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + layers.EPSILON)
     np.testing.assert_allclose(y, exact, rtol=1e-3, atol=1e-3)
+
+
+def test_gradient_of_batch_statistics_is_the_numeric_one_in_float64():
+    """Of the output, the mean and the variance, in x, scale and bias; float32 is within rounding of it."""
+    rng = np.random.default_rng(0)
+    x, around, weights = rng.normal(3, 2, size=(4, 3, 3, 5)), rng.normal(3, 1, size=5), rng.normal(size=(4, 3, 3, 5))
+    scale, bias = rng.normal(size=5), rng.normal(size=5)
+
+    def loss(x, scale, bias):
+        y, mean, var = layers._normalize(x, scale, bias, around=around.astype(x.dtype))
+        return (weights.astype(x.dtype) * y**2).sum() + (mean**3).sum() + jnp.sin(var).sum()
+
+    single = jax.grad(loss, (0, 1, 2))(*(value.astype(np.float32) for value in (x, scale, bias)))
+    with jax.enable_x64(True):
+        check_grads(loss, (x, scale, bias), order=1, modes=["rev"], rtol=1e-6, eps=1e-5)
+        for ours, exact in zip(single, jax.grad(loss, (0, 1, 2))(x, scale, bias), strict=True):
+            np.testing.assert_allclose(ours, exact, rtol=0, atol=3e-6 * np.abs(exact).max())
 
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2_64x64"])

@@ -51,24 +51,29 @@ struct Shape {
   int64_t batch, height, width, channels;  // of the input
   int64_t rows, columns, features;         // of the output
   int64_t kernel, stride, padding;
+  int64_t dilation = 1;  // of the input: zeros between its pixels
   int64_t padded_height() const { return (rows - 1) * stride + kernel; }
   int64_t padded_width() const { return (columns - 1) * stride + kernel; }
 };
 
-// Channels first ... first + count of an image with zeros around it, [padded_height, padded_width, count].
-static void pad(const Shape& s, const float* image, int64_t first, int64_t count, std::vector<float>& out) {
+// Channels first ... first + count of an image with zeros around it, [padded_height, padded_width, lanes >= count].
+static void pad(const Shape& s, const float* image, int64_t first, int64_t count, std::vector<float>& out,
+                int64_t lanes) {
   const int64_t width = s.padded_width();
-  out.assign(s.padded_height() * width * count, 0.0f);
+  out.assign(s.padded_height() * width * lanes, 0.0f);
   for (int64_t y = 0; y < s.height; ++y) {
-    const int64_t row = y + s.padding;
+    const int64_t row = y * s.dilation + s.padding;
     if (row >= s.padded_height()) break;
-    const int64_t pixels = std::min(s.width, width - s.padding);
-    float* to = out.data() + (row * width + s.padding) * count;
+    const int64_t pixels = std::min(s.width, (width - s.padding + s.dilation - 1) / s.dilation);
+    float* to = out.data() + (row * width + s.padding) * lanes;
     const float* from = image + y * s.width * s.channels + first;
-    if (count == s.channels) {
-      std::memcpy(to, from, pixels * count * sizeof(float));
+    if (lanes == s.channels && s.dilation == 1) {
+      std::memcpy(to, from, pixels * lanes * sizeof(float));
+    } else if (count == kLanes) {
+      for (int64_t x = 0; x < pixels; ++x) store(to + x * s.dilation * lanes, load(from + x * s.channels));
     } else {
-      for (int64_t x = 0; x < pixels; ++x) std::memcpy(to + x * count, from + x * s.channels, count * sizeof(float));
+      for (int64_t x = 0; x < pixels; ++x)
+        std::memcpy(to + x * s.dilation * lanes, from + x * s.channels, count * sizeof(float));
     }
   }
 }
@@ -123,7 +128,7 @@ static ffi::Error forward(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Bu
     static thread_local std::vector<float> padded;
     const float* in = x.typed_data() + b * s.height * s.width * s.channels;
     if (s.kernel > 1 || s.stride > 1 || s.padding > 0) {
-      pad(s, in, 0, s.channels, padded);
+      pad(s, in, 0, s.channels, padded, s.channels);
       in = padded.data();
     }
     image(s, in, weights.data(), y->typed_data() + b * s.rows * s.columns * s.features);
@@ -173,7 +178,7 @@ static ffi::Error gradient(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::B
     static thread_local std::vector<float> padded;
     const int64_t chunk = item / slices, first = item % slices * count;
     for (int64_t b = s.batch * chunk / chunks; b < s.batch * (chunk + 1) / chunks; ++b) {
-      pad(s, x.typed_data() + b * s.height * s.width * s.channels, first, count, padded);
+      pad(s, x.typed_data() + b * s.height * s.width * s.channels, first, count, padded, count);
       image(s, padded.data(), count, g.typed_data() + b * s.rows * s.columns * s.features,
             partial.get() + chunk * size + first * s.features);
     }
@@ -185,11 +190,84 @@ static ffi::Error gradient(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::B
   return ffi::Error::Success();
 }
 
+// Depthwise: one filter of 3 by 3 a channel, a vector of channels at a time.
+
+static Vector load_some(const float* p, int64_t count) {
+  if (count == kLanes) return load(p);
+  float some[kLanes] = {};
+  std::memcpy(some, p, count * sizeof(float));
+  return load(some);
+}
+
+static void store_some(float* p, Vector v, int64_t count) {
+  if (count == kLanes) return store(p, v);
+  std::memcpy(p, &v, count * sizeof(float));
+}
+
+static ffi::Error depthwise(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> kernel,
+                            ffi::ResultBuffer<ffi::F32> y, int64_t stride, int64_t padding, int64_t dilation) {
+  Shape s = shape_of(x.dimensions(), y->dimensions(), 3, stride, padding);
+  s.dilation = dilation;
+  const int64_t blocks = (s.channels + kLanes - 1) / kLanes;
+  parallel(pool, s.batch * blocks, [&](int64_t item) {
+    static thread_local std::vector<float> padded;
+    const int64_t image = item / blocks, first = item % blocks * kLanes;
+    const int64_t count = std::min(kLanes, s.channels - first), row = s.padded_width() * kLanes;
+    pad(s, x.typed_data() + image * s.height * s.width * s.channels, first, count, padded, kLanes);
+    Vector w[9];
+    for (int t = 0; t < 9; ++t) w[t] = load_some(kernel.typed_data() + t * s.channels + first, count);
+    float* out = y->typed_data() + image * s.rows * s.columns * s.channels + first;
+    for (int64_t i = 0; i < s.rows; ++i)
+      for (int64_t j = 0; j < s.columns; ++j, out += s.channels) {
+        const float* in = padded.data() + i * stride * row + j * stride * kLanes;
+        Vector sum = {};
+#pragma GCC unroll 9
+        for (int t = 0; t < 9; ++t) sum += w[t] * load(in + t / 3 * row + t % 3 * kLanes);
+        store_some(out, sum, count);
+      }
+  });
+  return ffi::Error::Success();
+}
+
+static ffi::Error depthwise_gradient(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> g,
+                                     ffi::ResultBuffer<ffi::F32> kernel, int64_t stride, int64_t padding) {
+  const Shape s = shape_of(x.dimensions(), g.dimensions(), 3, stride, padding);
+  const int64_t blocks = (s.channels + kLanes - 1) / kLanes;
+  parallel(pool, blocks, [&](int64_t block) {
+    static thread_local std::vector<float> padded;
+    const int64_t first = block * kLanes, count = std::min(kLanes, s.channels - first), row = s.padded_width() * kLanes;
+    Vector total[9] = {};
+    for (int64_t b = 0; b < s.batch; ++b) {
+      pad(s, x.typed_data() + b * s.height * s.width * s.channels, first, count, padded, kLanes);
+      const float* d = g.typed_data() + b * s.rows * s.columns * s.channels + first;
+      Vector sum[9] = {};
+      for (int64_t i = 0; i < s.rows; ++i)
+        for (int64_t j = 0; j < s.columns; ++j, d += s.channels) {
+          const float* in = padded.data() + i * stride * row + j * stride * kLanes;
+          const Vector v = load_some(d, count);
+#pragma GCC unroll 9
+          for (int t = 0; t < 9; ++t) sum[t] += v * load(in + t / 3 * row + t % 3 * kLanes);
+        }
+      for (int t = 0; t < 9; ++t) total[t] += sum[t];
+    }
+    for (int t = 0; t < 9; ++t) store_some(kernel->typed_data() + t * s.channels + first, total[t], count);
+  });
+  return ffi::Error::Success();
+}
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rkd_conv, forward,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("stride").Attr<int64_t>("padding"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rkd_conv_gradient, gradient,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("stride").Attr<int64_t>("padding"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rkd_depthwise, depthwise,
+                              ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("stride").Attr<int64_t>("padding").Attr<int64_t>("dilation"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rkd_depthwise_gradient, depthwise_gradient,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<int64_t>("stride").Attr<int64_t>("padding"));

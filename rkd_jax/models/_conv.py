@@ -3,7 +3,7 @@
 XLA runs small float32 convolutions on a CPU at a half, and their kernels' gradients at a fifth, of what the cores can
 do. Where a kernel of _conv.cc fits, it computes the convolution and its two transposes; all else, and every machine
 without a C++ compiler, has XLA's. RKD_JAX_CONV=xla in the environment keeps the kernels out. Depthwise convolutions,
-for which XLA takes 20 to 50 times longer than memory does, are sums of shifted products.
+for which XLA takes 20 to 50 times longer than memory does, are sums of shifted products where no kernel fits.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding:
     )
     groups = options["feature_group_count"]
     if square and groups == x.shape[-1] == kernel.shape[-1] and jax.default_backend() == "cpu":
-        return _depthwise(x, kernel, stride, side)
+        fits = x.dtype == kernel.dtype == jnp.float32 and size == 3 and side < size
+        return (_depthwise if fits and available() else _depthwise_products)(stride, side, x, kernel)
     if not square or groups > 1 or not available():
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     if (size, stride, side) == (1, 1, 0):  # of pixels in one row
@@ -61,38 +62,29 @@ def xla_alone() -> Iterator[None]:
         _xla_alone.reset(token)
 
 
-def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    """One filter a channel, kernel [k, k, 1, C]: the sum of k * k shifted products, which XLA fuses into one loop."""
-    size, (batch, height, width, channels) = len(kernel), x.shape
-    precise = jnp.promote_types(x.dtype, jnp.float32)
-    padded = jnp.pad(x.astype(precise), ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    rows, columns = ((side + 2 * padding - size) // stride * stride + 1 for side in (height, width))
-    total = sum(
-        kernel[i, j, 0].astype(precise)
-        * jax.lax.slice(padded, (0, i, j, 0), (batch, i + rows, j + columns, channels), (1, stride, stride, 1))
-        for i in range(size)
-        for j in range(size)
-    )
-    return total.astype(x.dtype)
+def _bilinear(forward: Callable, transpose_input: Callable, transpose_kernel: Callable) -> Callable:
+    """forward(x, kernel, stride, padding), linear in each operand: two linear maps, each with its transpose."""
+
+    @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+    def conv(stride: int, padding: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return forward(x, kernel, stride, padding)
+
+    @functools.partial(conv.defjvp, symbolic_zeros=True)
+    def jvp(stride: int, padding: int, primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
+        (x, kernel), (dx, dkernel) = primals, tangents
+        y, change = conv(stride, padding, x, kernel), []
+        if not isinstance(dx, SymbolicZero):
+            transpose = functools.partial(transpose_input, shape=x.shape, stride=stride, padding=padding)
+            change.append(linear_call(lambda kernel, dx: forward(dx, kernel, stride, padding), transpose, kernel, dx))
+        if not isinstance(dkernel, SymbolicZero):
+            transpose = functools.partial(transpose_kernel, shape=kernel.shape, stride=stride, padding=padding)
+            change.append(linear_call(lambda x, dkernel: forward(x, dkernel, stride, padding), transpose, x, dkernel))
+        return y, sum(change[1:], start=change[0]) if change else jnp.zeros_like(y)
+
+    return conv
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _conv(stride: int, padding: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _forward(x, kernel, stride, padding)
-
-
-@functools.partial(_conv.defjvp, symbolic_zeros=True)
-def _conv_jvp(stride: int, padding: int, primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
-    """The convolution is linear in each operand: two linear maps, each with its transpose."""
-    (x, kernel), (dx, dkernel) = primals, tangents
-    y, change = _conv(stride, padding, x, kernel), []
-    if not isinstance(dx, SymbolicZero):
-        transpose = functools.partial(_transpose_input, shape=x.shape, stride=stride, padding=padding)
-        change.append(linear_call(lambda kernel, dx: _forward(dx, kernel, stride, padding), transpose, kernel, dx))
-    if not isinstance(dkernel, SymbolicZero):
-        transpose = functools.partial(_transpose_kernel, shape=kernel.shape, stride=stride, padding=padding)
-        change.append(linear_call(lambda x, dkernel: _forward(x, dkernel, stride, padding), transpose, x, dkernel))
-    return y, sum(change[1:], start=change[0]) if change else jnp.zeros_like(y)
+# All channels with all.
 
 
 def _forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
@@ -128,12 +120,52 @@ def _xla(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Arra
     return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, [(padding,) * 2] * 2, dimension_numbers=numbers)
 
 
-def _call(name: str, shape: tuple, x: jax.Array, other: jax.Array, stride: int, padding: int) -> jax.Array:
-    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
-    return call(x, other, stride=np.int64(stride), padding=np.int64(padding))
+_conv = _bilinear(_forward, _transpose_input, _transpose_kernel)
+
+
+# Depthwise: one filter a channel, kernel [k, k, 1, C].
+
+
+def _depthwise_products(stride: int, padding: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The sum of k * k shifted products, which XLA fuses into one loop."""
+    size, (batch, height, width, channels) = len(kernel), x.shape
+    precise = jnp.promote_types(x.dtype, jnp.float32)
+    padded = jnp.pad(x.astype(precise), ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    rows, columns = ((side + 2 * padding - size) // stride * stride + 1 for side in (height, width))
+    total = sum(
+        kernel[i, j, 0].astype(precise)
+        * jax.lax.slice(padded, (0, i, j, 0), (batch, i + rows, j + columns, channels), (1, stride, stride, 1))
+        for i in range(size)
+        for j in range(size)
+    )
+    return total.astype(x.dtype)
+
+
+def _depthwise_forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
+    rows, columns = ((side + 2 * padding - len(kernel)) // stride + 1 for side in x.shape[1:3])
+    return _call("rkd_depthwise", (len(x), rows, columns, x.shape[3]), x, kernel, stride, padding, dilation=1)
+
+
+def _depthwise_input(kernel: jax.Array, dy: jax.Array, shape: tuple, stride: int, padding: int) -> jax.Array:
+    """The gradient of the input: a convolution of dy, zeros between its pixels, with the kernel turned."""
+    turned, padding = jnp.flip(kernel, (0, 1)), len(kernel) - 1 - padding
+    return _call("rkd_depthwise", shape, dy, turned, 1, padding, dilation=stride)
+
+
+def _depthwise_kernel(x: jax.Array, dy: jax.Array, shape: tuple, stride: int, padding: int) -> jax.Array:
+    return _call("rkd_depthwise_gradient", shape, x, dy, stride, padding)
+
+
+_depthwise = _bilinear(_depthwise_forward, _depthwise_input, _depthwise_kernel)
 
 
 # The library.
+
+
+def _call(name: str, shape: tuple, x: jax.Array, other: jax.Array, stride: int, padding: int, **more: int) -> jax.Array:
+    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, jnp.float32), vmap_method="sequential")
+    numbers = {"stride": stride, "padding": padding} | more
+    return call(x, other, **{key: np.int64(number) for key, number in numbers.items()})
 
 
 @functools.cache
@@ -145,7 +177,7 @@ def available() -> bool:
         library = ctypes.CDLL(str(_compiled()))
     except (OSError, subprocess.CalledProcessError):
         return False
-    for name in ("rkd_conv", "rkd_conv_gradient"):
+    for name in ("rkd_conv", "rkd_conv_gradient", "rkd_depthwise", "rkd_depthwise_gradient"):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
 
