@@ -109,33 +109,6 @@ static void forward_image(const Shape& s, const float* padded, const float* weig
       }
 }
 
-static Shape shape_of(ffi::Span<const int64_t> x, ffi::Span<const int64_t> y, int64_t kernel, int64_t stride,
-                      int64_t padding) {
-  return {x[0], x[1], x[2], x[3], y[1], y[2], y[3], kernel, stride, padding};
-}
-
-static ffi::Error forward(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> kernel,
-                          ffi::ResultBuffer<ffi::F32> y, int64_t stride, int64_t padding) {
-  const Shape s = shape_of(x.dimensions(), y->dimensions(), kernel.dimensions()[0], stride, padding);
-  const int64_t vectors = s.features % (2 * kLanes) == 0 ? 2 : 1, block = vectors * kLanes;
-  const int64_t taps = s.kernel * s.kernel * s.channels;
-  std::vector<float> weights(taps * s.features);  // [features / block, taps, block]
-  for (int64_t f = 0; f < s.features; f += block)
-    for (int64_t t = 0; t < taps; ++t)
-      std::memcpy(&weights[f * taps + t * block], kernel.typed_data() + t * s.features + f, block * sizeof(float));
-  auto image = vectors == 2 ? forward_image<8, 2> : s.columns >= 16 ? forward_image<16, 1> : forward_image<8, 1>;
-  parallel(pool, s.batch, [&](int64_t b) {
-    static thread_local std::vector<float> padded;
-    const float* in = x.typed_data() + b * s.height * s.width * s.channels;
-    if (s.kernel > 1 || s.stride > 1 || s.padding > 0) {
-      pad(s, in, 0, s.channels, padded, s.channels);
-      in = padded.data();
-    }
-    image(s, in, weights.data(), y->typed_data() + b * s.rows * s.columns * s.features);
-  });
-  return ffi::Error::Success();
-}
-
 // sum[c][o] += x[pixel][c] * g[pixel][o] over an image, for one tap.
 template <int CHANNELS, int VECTORS>
 static void gradient_block(const Shape& s, const float* in, int64_t count, const float* g, float* out) {
@@ -167,6 +140,228 @@ static void gradient_image(const Shape& s, const float* padded, int64_t count, c
                                             out + ((i * s.kernel + j) * s.channels + c) * s.features + f);
 }
 
+// Winograd's F(2 x 2, 3 x 3) (Lavin and Gray 2016): a tile of 2 by 2 outputs takes 16 products instead of 36, of the
+// 4 by 4 inputs under it and of the kernel, each transformed: y = A'[(G k G') * (B' x B)]A. Over channels and tiles
+// they are 16 matrix products, which the blocks above compute. In the gradient A and G change sides. With few channels
+// the transforms cost what the products save.
+
+static bool is_winograd(const Shape& s) {
+  return s.kernel == 3 && s.stride == 1 && s.channels % kLanes == 0 && std::min(s.channels, s.features) >= 64;
+}
+
+static int64_t tiles_of(const Shape& s) { return (s.rows + 1) / 2 * ((s.columns + 1) / 2); }
+static int64_t tiles_at_once(int64_t channels) { return channels > 256 ? 16 : 32; }  // in a core's cache
+
+// The 16 numbers of a tile lie in 16 planes, a vector wider than needed: at powers of 2 they would share cache lines.
+static int64_t plane_of(int64_t tiles, int64_t channels) { return tiles * channels + kLanes; }
+
+static void transform_input(const Vector d[16], float* to, int64_t stride) {  // B' d B
+  Vector r[16];
+  for (int j = 0; j < 4; ++j) {
+    r[j] = d[j] - d[8 + j];
+    r[4 + j] = d[4 + j] + d[8 + j];
+    r[8 + j] = d[8 + j] - d[4 + j];
+    r[12 + j] = d[4 + j] - d[12 + j];
+  }
+  for (int i = 0; i < 16; i += 4) {
+    store(to + i * stride, r[i] - r[i + 2]);
+    store(to + (i + 1) * stride, r[i + 1] + r[i + 2]);
+    store(to + (i + 2) * stride, r[i + 2] - r[i + 1]);
+    store(to + (i + 3) * stride, r[i + 1] - r[i + 3]);
+  }
+}
+
+static void transform_output(const float* from, int64_t stride, Vector y[4]) {  // A' m A
+  Vector r[8];
+  for (int j = 0; j < 4; ++j) {
+    const Vector m0 = load(from + j * stride), m1 = load(from + (4 + j) * stride);
+    const Vector m2 = load(from + (8 + j) * stride), m3 = load(from + (12 + j) * stride);
+    r[j] = m0 + m1 + m2;
+    r[4 + j] = m1 - m2 - m3;
+  }
+  for (int i = 0; i < 2; ++i) {
+    y[2 * i] = r[4 * i] + r[4 * i + 1] + r[4 * i + 2];
+    y[2 * i + 1] = r[4 * i + 1] - r[4 * i + 2] - r[4 * i + 3];
+  }
+}
+
+static void transform_output_back(const Vector y[4], float* to, int64_t stride) {  // A y A'
+  Vector r[8];
+  for (int j = 0; j < 2; ++j) {
+    r[j] = y[j];
+    r[2 + j] = y[j] + y[2 + j];
+    r[4 + j] = y[j] - y[2 + j];
+    r[6 + j] = -y[2 + j];
+  }
+  for (int i = 0; i < 4; ++i) {
+    store(to + 4 * i * stride, r[2 * i]);
+    store(to + (4 * i + 1) * stride, r[2 * i] + r[2 * i + 1]);
+    store(to + (4 * i + 2) * stride, r[2 * i] - r[2 * i + 1]);
+    store(to + (4 * i + 3) * stride, -r[2 * i + 1]);
+  }
+}
+
+static void transform_kernel(const float* from, int64_t from_stride, float* to, int64_t stride) {  // G k G'
+  Vector r[12];
+  for (int j = 0; j < 3; ++j) {
+    const Vector k0 = load(from + j * from_stride), k1 = load(from + (3 + j) * from_stride);
+    const Vector k2 = load(from + (6 + j) * from_stride);
+    r[j] = k0;
+    r[3 + j] = 0.5f * (k0 + k1 + k2);
+    r[6 + j] = 0.5f * (k0 - k1 + k2);
+    r[9 + j] = k2;
+  }
+  for (int i = 0; i < 4; ++i) {
+    const Vector k0 = r[3 * i], k1 = r[3 * i + 1], k2 = r[3 * i + 2];
+    store(to + 4 * i * stride, k0);
+    store(to + (4 * i + 1) * stride, 0.5f * (k0 + k1 + k2));
+    store(to + (4 * i + 2) * stride, 0.5f * (k0 - k1 + k2));
+    store(to + (4 * i + 3) * stride, k2);
+  }
+}
+
+static void transform_kernel_back(const float* from, int64_t stride, float* to, int64_t to_stride) {  // += G' m G
+  Vector r[12];
+  for (int j = 0; j < 4; ++j) {
+    const Vector m1 = load(from + (4 + j) * stride), m2 = load(from + (8 + j) * stride);
+    r[j] = load(from + j * stride) + 0.5f * (m1 + m2);
+    r[4 + j] = 0.5f * (m1 - m2);
+    r[8 + j] = load(from + (12 + j) * stride) + 0.5f * (m1 + m2);
+  }
+  for (int i = 0; i < 3; ++i) {
+    const Vector *m = r + 4 * i, sum = 0.5f * (m[1] + m[2]);
+    store(to + 3 * i * to_stride, m[0] + sum);
+    store(to + (3 * i + 1) * to_stride, 0.5f * (m[1] - m[2]));
+    store(to + (3 * i + 2) * to_stride, m[3] + sum);
+  }
+}
+
+// The SIZE by SIZE pixels from the corner of a tile on: pointers; pixels outside of the image are `outside`.
+template <int SIZE, typename Float>
+static void pixels_of(const Shape& s, int64_t tile, Float* images, int64_t height, int64_t width, int64_t channels,
+                      int64_t padding, Float* outside, Float* found[SIZE * SIZE]) {
+  const int64_t wide = (s.columns + 1) / 2, in_image = tile % tiles_of(s);
+  const int64_t top = in_image / wide * 2 - padding, left = in_image % wide * 2 - padding;
+  Float* image = images + tile / tiles_of(s) * height * width * channels;
+  for (int64_t y = top; y < top + SIZE; ++y)
+    for (int64_t x = left; x < left + SIZE; ++x) {
+      const bool inside = 0 <= y && y < height && 0 <= x && x < width;
+      *found++ = inside ? image + (y * width + x) * channels : outside;
+    }
+}
+
+// Channels first ... first + count under a tile, transformed; `zeros` [channels].
+static void tile_of_input(const Shape& s, const float* x, int64_t tile, int64_t first, int64_t count,
+                          const float* zeros, float* to, int64_t stride) {
+  const float* pixels[16];
+  pixels_of<4>(s, tile, x, s.height, s.width, s.channels, s.padding, zeros, pixels);
+  for (int64_t c = 0; c < count; c += kLanes) {
+    Vector d[16];
+    for (int p = 0; p < 16; ++p) d[p] = load(pixels[p] + first + c);
+    transform_input(d, to + c, stride);
+  }
+}
+
+static ffi::Error winograd(ffi::ThreadPool pool, const Shape& s, const float* x, const float* kernel, float* y) {
+  const int64_t vectors = s.features % (2 * kLanes) == 0 ? 2 : 1, block = vectors * kLanes;
+  const int64_t count = tiles_at_once(s.channels), total = s.batch * tiles_of(s);
+  const int64_t in_plane = plane_of(count, s.channels), out_plane = plane_of(count, block);
+  std::unique_ptr<float[]> weights(new float[16 * s.channels * s.features]);  // [features / block, 16, channels, block]
+  parallel(pool, s.features / block, [&](int64_t f) {
+    for (int64_t c = 0; c < s.channels; ++c)
+      for (int64_t v = 0; v < block; v += kLanes)
+        transform_kernel(kernel + c * s.features + f * block + v, s.channels * s.features,
+                         &weights[(f * 16 * s.channels + c) * block + v], s.channels * block);
+  });
+  Shape product = {};
+  product.rows = product.kernel = product.stride = 1;
+  product.columns = count, product.channels = s.channels, product.features = block;
+  auto multiply = vectors == 2 ? forward_image<8, 2> : forward_image<16, 1>;
+  parallel(pool, (total + count - 1) / count, [&](int64_t item) {
+    static thread_local std::vector<float> in, out, nowhere;
+    in.resize(16 * in_plane), out.resize(16 * out_plane), nowhere.assign(s.channels, 0.0f);
+    float outside[2 * kLanes];
+    const int64_t begin = item * count, end = std::min(begin + count, total);
+    for (int64_t t = begin; t < end; ++t)
+      tile_of_input(s, x, t, 0, s.channels, nowhere.data(), &in[(t - begin) * s.channels], in_plane);
+    for (int64_t f = 0; f < s.features; f += block) {
+      for (int64_t p = 0; p < 16; ++p)
+        multiply(product, &in[p * in_plane], &weights[(f * 16 + p * block) * s.channels], &out[p * out_plane]);
+      for (int64_t t = begin; t < end; ++t) {
+        float* pixels[4];
+        pixels_of<2>(s, t, y + f, s.rows, s.columns, s.features, 0, outside, pixels);
+        for (int64_t v = 0; v < block; v += kLanes) {
+          Vector tile[4];
+          transform_output(&out[(t - begin) * block + v], out_plane, tile);
+          for (int p = 0; p < 4; ++p) store(pixels[p] + v, tile[p]);
+        }
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// The gradient of the kernel, [3, 3, channels, features], for channels first ... first + count, over images begin ... end.
+static void winograd_gradient(const Shape& s, const float* x, const float* g, int64_t begin, int64_t end, int64_t first,
+                              int64_t count, float* kernel) {
+  static thread_local std::vector<float> in, out, sums, zeros;
+  const int64_t at_once = tiles_at_once(s.features), last = end * tiles_of(s);
+  const int64_t in_plane = plane_of(at_once, count), out_plane = plane_of(at_once, s.features);
+  const int64_t sums_plane = plane_of(count, s.features);
+  in.resize(16 * in_plane), out.resize(16 * out_plane);
+  sums.assign(16 * sums_plane, 0.0f), zeros.assign(std::max(s.channels, s.features), 0.0f);
+  Shape product = {};
+  product.rows = product.kernel = product.stride = 1;
+  product.channels = count, product.features = s.features;
+  auto multiply = s.features % (2 * kLanes) == 0 ? gradient_image<8, 2> : gradient_image<16, 1>;
+  for (int64_t tile = begin * tiles_of(s); tile < last; tile += at_once) {
+    product.columns = std::min(at_once, last - tile);
+    for (int64_t t = 0; t < product.columns; ++t) {
+      tile_of_input(s, x, tile + t, first, count, zeros.data(), &in[t * count], in_plane);
+      const float* pixels[4];
+      pixels_of<2>(s, tile + t, g, s.rows, s.columns, s.features, 0, static_cast<const float*>(zeros.data()), pixels);
+      for (int64_t v = 0; v < s.features; v += kLanes) {
+        const Vector d[4] = {load(pixels[0] + v), load(pixels[1] + v), load(pixels[2] + v), load(pixels[3] + v)};
+        transform_output_back(d, &out[t * s.features + v], out_plane);
+      }
+    }
+    for (int64_t p = 0; p < 16; ++p)
+      multiply(product, &in[p * in_plane], count, &out[p * out_plane], &sums[p * sums_plane]);
+  }
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t v = 0; v < s.features; v += kLanes)
+      transform_kernel_back(&sums[c * s.features + v], sums_plane, kernel + (first + c) * s.features + v,
+                            s.channels * s.features);
+}
+
+static Shape shape_of(ffi::Span<const int64_t> x, ffi::Span<const int64_t> y, int64_t kernel, int64_t stride,
+                      int64_t padding) {
+  return {x[0], x[1], x[2], x[3], y[1], y[2], y[3], kernel, stride, padding};
+}
+
+static ffi::Error forward(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> kernel,
+                          ffi::ResultBuffer<ffi::F32> y, int64_t stride, int64_t padding) {
+  const Shape s = shape_of(x.dimensions(), y->dimensions(), kernel.dimensions()[0], stride, padding);
+  if (is_winograd(s)) return winograd(pool, s, x.typed_data(), kernel.typed_data(), y->typed_data());
+  const int64_t vectors = s.features % (2 * kLanes) == 0 ? 2 : 1, block = vectors * kLanes;
+  const int64_t taps = s.kernel * s.kernel * s.channels;
+  std::vector<float> weights(taps * s.features);  // [features / block, taps, block]
+  for (int64_t f = 0; f < s.features; f += block)
+    for (int64_t t = 0; t < taps; ++t)
+      std::memcpy(&weights[f * taps + t * block], kernel.typed_data() + t * s.features + f, block * sizeof(float));
+  auto image = vectors == 2 ? forward_image<8, 2> : s.columns >= 16 ? forward_image<16, 1> : forward_image<8, 1>;
+  parallel(pool, s.batch, [&](int64_t b) {
+    static thread_local std::vector<float> padded;
+    const float* in = x.typed_data() + b * s.height * s.width * s.channels;
+    if (s.kernel > 1 || s.stride > 1 || s.padding > 0) {
+      pad(s, in, 0, s.channels, padded, s.channels);
+      in = padded.data();
+    }
+    image(s, in, weights.data(), y->typed_data() + b * s.rows * s.columns * s.features);
+  });
+  return ffi::Error::Success();
+}
+
 static ffi::Error gradient(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> g,
                            ffi::ResultBuffer<ffi::F32> kernel, int64_t stride, int64_t padding) {
   const Shape s = shape_of(x.dimensions(), g.dimensions(), kernel->dimensions()[0], stride, padding);
@@ -177,7 +372,12 @@ static ffi::Error gradient(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::B
   parallel(pool, chunks * slices, [&](int64_t item) {
     static thread_local std::vector<float> padded;
     const int64_t chunk = item / slices, first = item % slices * count;
-    for (int64_t b = s.batch * chunk / chunks; b < s.batch * (chunk + 1) / chunks; ++b) {
+    const int64_t begin = s.batch * chunk / chunks, end = s.batch * (chunk + 1) / chunks;
+    if (is_winograd(s)) {
+      return winograd_gradient(s, x.typed_data(), g.typed_data(), begin, end, first, count,
+                               partial.get() + chunk * size);
+    }
+    for (int64_t b = begin; b < end; ++b) {
       pad(s, x.typed_data() + b * s.height * s.width * s.channels, first, count, padded, count);
       image(s, padded.data(), count, g.typed_data() + b * s.rows * s.columns * s.features,
             partial.get() + chunk * size + first * s.features);
