@@ -68,7 +68,6 @@ def test_a_gpus_program_has_nothing_of_a_cpus(tiny, monkeypatch):
     text = export.export(program, platforms=("cuda",))(state, inputs, steps.epoch_order(RNG, 0, 64)).mlir_module()
     assert "custom_call" not in text
     assert "f64" not in text
-    assert text.count("stablehlo.while") == 1  # over the steps; the ranks have none
 
 
 def test_epoch_visits_every_example_once(tiny):
