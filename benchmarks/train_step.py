@@ -6,11 +6,16 @@ A step takes a batch of 64 images, makes two views of each, applies the teacher 
 forward and, the student, backward, and updates by SGD. An image counts once, whatever its views. The sides:
 
 rkd_jax           the project's step: batch, views, networks, ranking_alignment and update, all on the device
-rkd_jax step      the same without augmentation: the images as they are, twice
-rkd_jax bfloat16  as the first, networks in bfloat16; GPU alone
+rkd_jax step      the same without augmentation: the images as they are, twice (XLA then shares the student's first
+                  convolution, a third of a percent of the work)
+... bfloat16      as these, networks in bfloat16; GPU alone
 PyTorch as used   DataLoader with workers, PIL views, eager, NCHW, float32
 PyTorch step      eager, channels_last, float32; one batch that lies on the device, no augmentation
-PyTorch best      as that, with torch.compile, on a GPU with bfloat16 autocast too; left out where it does not work
+PyTorch best      as that, with torch.compile, on a GPU with CUDA graphs (mode="reduce-overhead", or the default mode
+                  where that fails) and bfloat16 autocast too; left out where it does not work
+
+On a GPU rkd_jax folds the teacher's batch norms, as it does in training, and float32 is TF32 on both sides, which is
+XLA's default and that of PyTorch's convolutions.
 
 The PyTorch sides compute the loss as the squared difference of centred logits, which soft ranks are at eps = 1: it is
 the cheaper loss. Every repetition times each side once, in turn; times are medians, ratios medians over repetitions of
@@ -18,11 +23,15 @@ PyTorch's time / ours. What the output file holds already of other pairs and sta
 """
 
 import argparse
+import collections
 import dataclasses
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -52,8 +61,13 @@ PAIRS = {  # teacher, student, side of the images, classes
     "ResNet50-MobileNetV2": ("ResNet50", "MobileNetV2", 32, 100),
     "ResNet18-MobileNetV2-64": ("ResNet18", "MobileNetV2_64x64", 64, 200),
 }
-ON_GPU = jax.default_backend() == "gpu"
 NORMALIZATION = steps.Normalization((0.5,) * 3, (0.25,) * 3)
+
+
+@functools.cache
+def on_gpu():
+    """Whether jax has a GPU. Not asked on import: a DataLoader's workers import this module, and would take it too."""
+    return jax.default_backend() == "gpu"
 
 
 def main():
@@ -86,25 +100,30 @@ def whole(pair, flags):
     """Steps of every side: images per second, ratios, floating-point operations per second."""
     ours, notes = Ours(pair), {"cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
     sides = {"rkd_jax": ours.stepper(), "rkd_jax step": ours.stepper(views=("none", "none"))}
-    if ON_GPU:
-        sides["rkd_jax bfloat16"] = Ours(pair, jnp.bfloat16).stepper()
+    if on_gpu():
+        ours = Ours(pair, jnp.bfloat16)
+        sides |= {"rkd_jax bfloat16": ours.stepper(), "rkd_jax step bfloat16": ours.stepper(views=("none", "none"))}
     sides |= {"PyTorch as used": torch_as_used(pair), "PyTorch step": torch_step(pair)}
     if flags.no_compile:
         notes["PyTorch best"] = "torch.compile was left out"
     else:
-        try:
-            best = torch_step(pair, compiled=True)
-            best(1)
-            sides["PyTorch best"] = best
-        except Exception as error:  # whatever the compiler fails with
-            notes["PyTorch best"] = f"torch.compile failed: {type(error).__name__}: {str(error)[:200]}"
+        for mode in ("reduce-overhead", "default") if on_gpu() else ("default",):
+            try:
+                best = torch_step(pair, mode)
+                for _ in range(3):  # the second call records CUDA graphs
+                    best(1)
+            except Exception as error:  # whatever the compiler fails with
+                notes[f"torch.compile, {mode}"] = f"failed: {type(error).__name__}: {str(error)[:200]}"
+            else:
+                sides["PyTorch best"], notes["PyTorch best"] = best, f"torch.compile, {mode}"
+                break
     seconds = time_in_turn(sides, flags.repeats)
     ratios = {
         "whole step / PyTorch as used": ratio(seconds, "PyTorch as used", "rkd_jax"),
         "step / PyTorch step": ratio(seconds, "PyTorch step", "rkd_jax step"),
     }
     if "PyTorch best" in seconds:
-        ours = "rkd_jax bfloat16" if ON_GPU else "rkd_jax step"
+        ours = "rkd_jax step bfloat16" if on_gpu() else "rkd_jax step"
         ratios["step / PyTorch best"] = ratio(seconds, "PyTorch best", ours)
     return {
         "images_per_second": {name: round(BATCH / np.median(s), 2) for name, s in seconds.items()},
@@ -112,6 +131,60 @@ def whole(pair, flags):
         "gflops": rates(pair, seconds),
         "seconds": rounded(seconds),
         "notes": notes,
+    }
+
+
+def stretch(pair, flags):
+    """Many steps in a row, as a GPU trains: the time of 300 epochs from them, and what the step's time goes to.
+
+    The time is of training alone, without evaluating and saving. "relative" are times without a part, or otherwise, to
+    the whole step's. The peak of memory is the process's: measure one pair at a time.
+    """
+    count, dtype = (2000, jnp.bfloat16) if on_gpu() else (10, jnp.float32)
+    ours = Ours(pair, dtype)
+    whole = ours.stepper(50_000)
+    whole(20 if on_gpu() else 1)  # compiles
+    start = time.perf_counter()
+    whole(count)
+    step = (time.perf_counter() - start) / count
+    found = {"dtype": dtype.__name__, "steps": count, "milliseconds_a_step": round(1e3 * step, 3)}
+    found["hours_of_300_epochs"] = round(300 * (50_000 // BATCH) * step / 3600, 2)
+    found["peak_mb"] = peak_device() >> 20 if on_gpu() else peak_resident() >> 10
+    found["gflops"] = round(operations(pair) / step / 1e9, 1)
+    product = time_in_turn({"": product_step(dtype)}, 5)[""]
+    found["part_of_matrix_rate"] = round(operations(pair) / step / (2 * product_size() ** 3 / np.median(product)), 4)
+    others = {
+        "without augmentation": ours.stepper(50_000, views=("none", "none")),
+        "without the teacher and its loss": Ours(pair, dtype, "cross_entropy").stepper(50_000),
+        "one step a call": ours.stepper(50_000, a_call=1),
+    }
+    seconds = time_in_turn({"whole": whole, **others}, flags.repeats)
+    found["relative"] = {name: ratio(seconds, name, "whole") for name in others}
+    if on_gpu():
+        try:
+            found["kernels"] = kernels(whole)
+        except Exception as error:  # a profile is not worth the numbers above
+            found["kernels"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def kernels(run, device="/device:GPU", line="Stream"):
+    """Milliseconds of a step that kinds of kernels take, by name, the longest first; the device idles in the rest."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        with jax.profiler.trace(folder):
+            run(20)
+            seconds = time.perf_counter() - start
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        found = collections.Counter()
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            for each in plane.lines if plane.name.startswith(device) else ():
+                for event in each.events if each.name.startswith(line) else ():
+                    found[re.sub(r"[._]?\d+$", "", event.name)] += event.duration_ns / 1e9
+    busy = {"all": sum(found.values()), **dict(found.most_common(25))}
+    return {
+        "milliseconds_a_step": {name[:80]: round(50 * s, 4) for name, s in busy.items()},
+        "traced": round(50 * seconds, 4),
     }
 
 
@@ -144,8 +217,11 @@ def processes(pair, flags):
     return {name: in_a_process(name, pair) for name in ("rkd_jax", "PyTorch")}
 
 
-STAGES = {"whole": whole, "parts": parts, "extras": extras, "processes": processes}
-SHOWN = ("images_per_second", "ratio", "gflops", "notes", "milliseconds", "rkd_jax", "PyTorch")
+STAGES = {"stretch": stretch, "whole": whole, "parts": parts, "extras": extras, "processes": processes}
+SHOWN = (
+    "images_per_second", "ratio", "gflops", "notes", "milliseconds", "rkd_jax", "PyTorch", "milliseconds_a_step",
+    "hours_of_300_epochs", "peak_mb", "part_of_matrix_rate", "relative", "kernels",
+)  # fmt: skip
 
 
 def rounded(seconds):
@@ -155,7 +231,7 @@ def rounded(seconds):
 
 def time_in_turn(sides, repeats):
     """Seconds of a step of every side, [repeats] each; a side runs steps(n) and waits for the device."""
-    count = 20 if ON_GPU else 1
+    count = 20 if on_gpu() else 1
     for run in sides.values():
         run(count)  # compiles
     seconds = {name: [] for name in sides}
@@ -185,13 +261,15 @@ class Ours:
         self.teacher, self.student = (models.create(name, self.classes, dtype) for name in (teacher, student))
         self.method = methods.resolve(method, {}, "cifar100" if self.side == 32 else "tiny_imagenet", teacher, student)
         self.tx = optim.create_optimizer(optim.create_schedule(0.025, (150,), 0.1, 100), 0.9, 5e-4, False)
-        self.variables = experiment.untrained(self.teacher, (self.side, self.side, 3))
         self.mesh, self.rng, shape = steps.data_mesh(BATCH), jax.random.key(0), (self.side, self.side, 3)
+        self.variables = experiment.untrained(self.teacher, shape)
+        if on_gpu():
+            self.variables = models.fold(self.teacher, self.variables, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
         networks = self.student, self.teacher, self.variables
         state = steps.create_state(self.rng, *networks, self.method, self.tx, shape, BATCH)
         self.state = steps.replicate(state, self.mesh)
 
-    def stepper(self, num_images=10_000, views=("weak", "strong"), lams=()):
+    def stepper(self, num_images=10_000, views=("weak", "strong"), lams=(), a_call=None):
         """A run of steps, of several students where several lambdas are given."""
         images, labels = random_images(num_images, self.side, self.classes)
         recipe = steps.Recipe(views, {"padding": 4}, BATCH, num_images // BATCH, 10_000, NORMALIZATION, NORMALIZATION)
@@ -204,7 +282,7 @@ class Ours:
         inputs = inputs._replace(rngs=(self.rng,) * len(learners))
         train_step = steps.make_train_step(learners, self.teacher, recipe, self.mesh)
         held = [tuple(jax.tree.map(jnp.copy, self.state) for _ in learners)]  # they are donated
-        a_call = 10 if ON_GPU else 1
+        a_call = a_call or (10 if on_gpu() else 1)
 
         def run(count):
             for done in range(0, count, a_call):
@@ -277,8 +355,8 @@ def random_images(count, side, classes):
 def torch_pair(pair, memory_format):
     """Teacher, student and optimizer on the device."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.backends.cudnn.benchmark = True
-    device = "cuda" if ON_GPU else "cpu"
+    torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
+    device = "cuda" if on_gpu() else "cpu"
     teacher, student = (torch_networks.create(name, PAIRS[pair][3]).to(device) for name in PAIRS[pair][:2])
     teacher, student = teacher.eval().to(memory_format=memory_format), student.train().to(memory_format=memory_format)
     return teacher, student, torch.optim.SGD(student.parameters(), 0.025, 0.9, weight_decay=5e-4), device
@@ -302,22 +380,24 @@ def torch_update(teacher, student, optimizer, views, labels, autocast=False):
 
 def wait():
     """For the GPU, where there is one."""
-    if ON_GPU:
+    if on_gpu():
         torch.cuda.synchronize()
 
 
-def torch_step(pair, compiled=False):
-    """Channels-last steps on a batch that lies on the device."""
+def torch_step(pair, mode=None):
+    """Channels-last steps on a batch that lies on the device; compiled, where a mode of torch.compile is given."""
     teacher, student, optimizer, device = torch_pair(pair, torch.channels_last)
-    if compiled:
-        teacher, student = torch.compile(teacher), torch.compile(student)
+    if mode:
+        teacher, student = torch.compile(teacher, mode=mode), torch.compile(student, mode=mode)
     images, labels = random_images(BATCH, PAIRS[pair][2], PAIRS[pair][3])
     view = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.25)
     view, labels = view.contiguous(memory_format=torch.channels_last), torch.from_numpy(labels).long().to(device)
 
     def run(count):
         for _ in range(count):
-            torch_update(teacher, student, optimizer, (view, view), labels, autocast=compiled and ON_GPU)
+            if mode:
+                torch.compiler.cudagraph_mark_step_begin()
+            torch_update(teacher, student, optimizer, (view, view), labels, autocast=bool(mode) and on_gpu())
         wait()
 
     return run
@@ -329,7 +409,7 @@ def torch_as_used(pair):
     dataset = pil_views.TwoViews(*random_images(10_000, PAIRS[pair][2], PAIRS[pair][3]))
     loader = torch.utils.data.DataLoader(
         dataset, BATCH, shuffle=True, drop_last=True, num_workers=min(8, len(os.sched_getaffinity(0))),
-        persistent_workers=True, pin_memory=ON_GPU, multiprocessing_context="forkserver",
+        persistent_workers=True, pin_memory=on_gpu(), multiprocessing_context="forkserver",
     )  # fmt: skip
 
     def forever():
@@ -352,27 +432,40 @@ def torch_as_used(pair):
 
 def rates(pair, seconds):
     """Billions of floating-point operations a second: of each side's step, and of a large matrix product."""
-    teacher, student, side, classes = PAIRS[pair]
-    macs = [sum_macs(name, classes, side) for name in (teacher, student)]
-    operations = 2 * 2 * BATCH * (macs[0] + 3 * macs[1])  # views, multiply and add
-    found = {name: round(operations / np.median(s) / 1e9, 1) for name, s in seconds.items()}
-    size = 8192 if ON_GPU else 2048
+    found = {name: round(operations(pair) / np.median(s) / 1e9, 1) for name, s in seconds.items()}
+    size = product_size()
     dtypes = {"float32": (jnp.float32, torch.float32)}
-    if ON_GPU:
+    if on_gpu():
         dtypes["bfloat16"] = jnp.bfloat16, torch.bfloat16
     for name, (ours, theirs) in dtypes.items():
-        a = jnp.ones((size, size), ours)
-        b = torch.ones((size, size), dtype=theirs, device="cuda" if ON_GPU else "cpu")
+        b = torch.randn((size, size), device="cuda" if on_gpu() else "cpu").to(theirs)
 
         def torch_product(count, b=b):
             for _ in range(count):
                 b @ b
             wait()
 
-        products = time_in_turn({"jax": repeated(jnp.matmul, a, a), "torch": torch_product}, 5)
+        products = time_in_turn({"jax": product_step(ours), "torch": torch_product}, 5)
         for side_name, s in products.items():
             found[f"matrix product, {side_name} {name}"] = round(2 * size**3 / np.median(s) / 1e9, 1)
     return found
+
+
+def operations(pair):
+    """Floating-point operations of a step, of two views: a backward pass is two of forward."""
+    teacher, student, side, classes = PAIRS[pair]
+    return 2 * 2 * BATCH * (sum_macs(teacher, classes, side) + 3 * sum_macs(student, classes, side))
+
+
+def product_size():
+    """The side of the square matrices whose product tells what the device can do."""
+    return 8192 if on_gpu() else 2048
+
+
+def product_step(dtype):
+    """A run of products of normal numbers: a GPU multiplies ones faster than it does a network's values."""
+    a = jax.random.normal(jax.random.key(0), (product_size(),) * 2, dtype)
+    return repeated(jnp.matmul, a, a)
 
 
 def sum_macs(name, classes, side):
@@ -394,15 +487,20 @@ def alone(name, pair):
     run = Ours(pair).stepper() if name == "rkd_jax" else torch_step(pair)
     run(1)
     first = time.perf_counter() - start
-    run(5)
+    for _ in range(5):
+        run(1)  # not run(5), which may be another program
     found = {
         "until_first_step_seconds": round(first, 1),
         "peak_resident_mb": peak_resident() >> 10,
     }
-    if ON_GPU:
-        peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-        found["peak_device_mb"] = (peak if name == "rkd_jax" else torch.cuda.max_memory_allocated()) >> 20
+    if on_gpu():
+        found["peak_device_mb"] = (peak_device() if name == "rkd_jax" else torch.cuda.max_memory_allocated()) >> 20
     print(json.dumps(found))
+
+
+def peak_device():
+    """Bytes of the GPU's memory that jax's arrays and programs took at most."""
+    return jax.devices()[0].memory_stats()["peak_bytes_in_use"]
 
 
 def peak_resident():

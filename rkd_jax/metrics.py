@@ -124,26 +124,28 @@ def _lines(path: Path) -> list[str]:
 
 
 class Clock:
-    """The seconds that a run spends on training: without compiling, evaluating and saving."""
+    """The steps and seconds that a run spends on training: without compiling, evaluating and saving."""
 
     def __init__(self, seconds: float = 0.0):
         self.seconds = seconds  # of training so far, interrupted runs included
-        self._mark: float | None = None
+        self._steps = 0
+        self._started: tuple[int, float] | None = None  # at which step, and when; None: it stands
         self._logged = (0, seconds)  # steps and seconds at the last log
 
     def stop(self, step: int) -> None:
-        """The device has done `step` steps; the first of them, which compiles, is not counted."""
-        if self._mark is None:
-            self._logged = (step, self.seconds)
-        else:
-            self.seconds += time.monotonic() - self._mark
+        """The device has done `step` steps, and does something else."""
+        if self._started is not None:
+            since, mark = self._started
+            self._steps += step - since
+            self.seconds += time.monotonic() - mark
+            self._started = None
 
-    def start(self) -> None:
-        """Training goes on."""
-        self._mark = time.monotonic()
+    def start(self, step: int) -> None:
+        """Training goes on after `step` steps."""
+        self._started = step, time.monotonic()
 
-    def rate(self, step: int) -> float:
+    def rate(self) -> float:
         """Steps per second since the last call; 0 where none was counted."""
-        steps, seconds = step - self._logged[0], self.seconds - self._logged[1]
-        self._logged = (step, self.seconds)
+        steps, seconds = self._steps - self._logged[0], self.seconds - self._logged[1]
+        self._logged = (self._steps, self.seconds)
         return steps / seconds if steps else 0.0

@@ -106,8 +106,12 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
     for student in students:
         student.open(start, mesh)
     clock, saved = Clock(max(student.progress["seconds"] for student in students)), time.monotonic()
+    compiled: set[int] = set()  # counts of steps a call that there is a program for
     with _signals() as received, contextlib.closing(source):
         for call in source:
+            if fresh := call.count not in compiled:  # this call compiles, which the clock does not count
+                clock.stop(int(states[0].step))  # waits for the device
+                compiled.add(call.count)
             states, new = train_step(states, inputs, call.source, call.count)
             totals = [steps.accumulate(*pair) for pair in zip(totals, new, strict=True)]
             students[0].writer.advance(call.count)
@@ -118,14 +122,14 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
             # Of several processes, any may be told to stop, and all do so together: they ask each other when they log.
             stop = bool(received) if jax.process_count() == 1 else log and processes.anywhere(bool(received))
             save = last or stop or time.monotonic() - saved >= loop.checkpoint_seconds
-            if not (log or evaluate or save or call.step == start):
+            if not (log or evaluate or save or fresh):
                 continue
 
             for student, state in zip(students, states, strict=True):
                 check_finite(state, student.workdir)  # waits for the device
             clock.stop(done)
             if log:
-                speed = clock.rate(done) * recipe.batch_size
+                speed = clock.rate() * recipe.batch_size
                 for student, sums in zip(students, totals, strict=True):
                     student.log(done, sums, speed)
                 totals = [{} for _ in students]
@@ -142,7 +146,7 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
                     f"{signal.Signals(number).name}: saved at step {done}; the same command goes on from there"
                 )
                 raise SystemExit(128 + number)
-            clock.start()
+            clock.start(done)
     for student in students:
         student.finish(together=len(students))
 

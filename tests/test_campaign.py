@@ -183,7 +183,7 @@ def test_campaign_of_another_scale_or_dtype_is_an_error(tmp_path):
 def test_nothing_done_yet(tmp_path, capsys):
     campaign.main(["--out", str(tmp_path), "--minutes", "0"])
     text = capsys.readouterr().out
-    assert "0 of 12 items are done\nnext: soft_rank, about 0:03:20\n" in text
+    assert "0 of 14 items are done\nnext: soft_rank, about 0:03:20\n" in text
     assert "then: headline, time unknown" in text
 
 

@@ -1,15 +1,18 @@
 """The training step and the evaluation step, apart from the loop."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from rkd_jax import experiment, steps
 from rkd_jax.data import augment
 from rkd_jax.methods import base
+from rkd_jax.models import _conv
 
 RNG = jax.random.key(0)
 
@@ -53,6 +56,18 @@ def test_step_compiles_once_and_counts(tiny):
         assert np.isfinite(metrics["loss"])
     assert int(state.step) == 10
     assert step.compilations() == 1
+
+
+def test_a_gpus_program_has_nothing_of_a_cpus(tiny, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(_conv, "available", _conv.available.__wrapped__)  # asked anew
+    run, state, inputs, step = prepare(tiny())
+    assert run.loop.steps_per_call == 10
+    assert not run.teacher_variables["batch_stats"]  # folded
+    program = jax.jit(functools.partial(step, count=2))
+    text = export.export(program, platforms=("cuda",))(state, inputs, steps.epoch_order(RNG, 0, 64)).mlir_module()
+    assert "custom_call" not in text
+    assert "f64" not in text
 
 
 def test_epoch_visits_every_example_once(tiny):

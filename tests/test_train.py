@@ -22,6 +22,21 @@ def records(workdir):
     return [{name: value for name, value in line.items() if name not in metrics.TIMES} for line in lines]
 
 
+def test_clock_counts_training_alone(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    clock = metrics.Clock(seconds=5.0)
+    for start, stop, passes in ((10, 20, 2.0), (21, 51, 6.0)):  # from 20 to 21 it stands: a program compiles
+        clock.stop(start)
+        now[0] += 100.0
+        clock.start(start)
+        now[0] += passes
+        clock.stop(stop)
+    assert clock.rate() == 40 / 8
+    assert clock.seconds == 13
+    assert clock.rate() == 0
+
+
 def network(workdir, name="last"):
     return checkpoint.load_network(workdir / name)[0]
 

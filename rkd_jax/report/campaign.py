@@ -84,8 +84,9 @@ def _benchmarks(scale: str) -> list[Item]:
         flags = ("--quick", "--peers", "while_loop")
         return [Item("soft_rank", command=("benchmarks.soft_rank", *flags), seconds=10)]
     steps = [
-        Item(f"train_step-{pair}", command=("benchmarks.train_step", "--pairs", pair, "--stages", "whole"), seconds=240)
+        Item(f"{stage}-{pair}", command=("benchmarks.train_step", "--pairs", pair, "--stages", stage), seconds=300)
         for pair in ("resnet32x4-resnet8x4", "resnet56-resnet20")
+        for stage in ("stretch", "whole")
     ]
     return [Item("soft_rank", command=("benchmarks.soft_rank", "--seconds", "4"), seconds=200), *steps]
 
