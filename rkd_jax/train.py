@@ -372,7 +372,7 @@ def device_name() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """What a result must name: command, commit, versions, device, date."""
+    """What a result must name: command, commit, versions, device, whose convolutions, date."""
     module = sys.modules["__main__"].__spec__  # None for a script
     script = ["-m", module.name] if module else [os.path.relpath(sys.argv[0])]
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -381,6 +381,7 @@ def provenance() -> dict[str, Any]:
         "commit": _commit(),
         "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
         "device": device_name(),
+        "convolutions": "rkd_jax" if _conv.available() else "XLA",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
