@@ -2,8 +2,10 @@
 
 import os
 import platform
+import signal
 import sys
 
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the start-up, imports too; the loop saves before it obeys
 # Before jax is imported. By host name, for programs for one CPU may not run on another.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(f"~/.cache/rkd_jax/{platform.node()}"))
 
@@ -12,6 +14,7 @@ from ml_collections import config_flags
 
 from rkd_jax import _memory, evaluate, processes, runs
 
+CONFIGS = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs"))
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; default: configs/digits.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept, and resumed from; default: runs/<config>.")
@@ -23,13 +26,17 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, print where in t
 def parse_flags(argv):
     """Parses the command line; a field that the config lacks, or a config that cannot be read, in one sentence."""
     if not any(argument.lstrip("-").split("=")[0] == "config" for argument in argv):
-        argv = sys.argv = [argv[0], "--config=configs/digits.py", *argv[1:]]  # config_flags reads sys.argv
+        argv = sys.argv = [argv[0], f"--config={CONFIGS}/digits.py", *argv[1:]]  # config_flags reads sys.argv
     try:
-        return app.parse_flags_with_usage(argv)
+        arguments = app.parse_flags_with_usage(argv)
+        CONFIG.value.to_dict()  # raises where the file cannot be read and no flag set a field of it
+        return arguments
     except (AttributeError, KeyError) as error:  # ml_collections' words come quoted, once for each of its layers
         words = str(error).replace("\\n", ". ").replace("\\", "").strip("\"'")
         sys.exit(f"Error: no such field of the config: {words.replace(chr(39), '')} (all fields: configs/default.py)")
     except (ValueError, OSError, ImportError) as error:
+        if "[Errno 2]" in str(error):  # of its several lines, the one that names the file
+            error = f"{str(error).splitlines()[-1].strip()}; name a file of {CONFIGS}"
         sys.exit(f"Error: --config: {error}")
 
 

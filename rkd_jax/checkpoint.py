@@ -19,6 +19,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+REQUIRED = {"network", "num_classes", "mean", "std"}  # of a network's metadata, for the reader needs them
+
 
 def fingerprint(variables: Any) -> str:
     """SHA-256 of the names, types, shapes and values of a tree of arrays, in hexadecimal."""
@@ -38,8 +40,7 @@ def save_network(path: str | os.PathLike, variables: Any, metadata: Mapping[str,
       variables: {"params": ..., "batch_stats": ...}.
       metadata: JSON-serialisable; "network", "num_classes", "mean" and "std" are required, for the reader needs them.
     """
-    missing = {"network", "num_classes", "mean", "std"} - set(metadata)
-    if missing:
+    if missing := REQUIRED - set(metadata):
         raise ValueError(f"metadata of a network lacks {', '.join(sorted(missing))}")
     path = Path(path).absolute()
     fresh, stale = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
@@ -51,7 +52,10 @@ def save_network(path: str | os.PathLike, variables: Any, metadata: Mapping[str,
     options = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={jax.process_index()})
     options.barrier_sync_key_prefix = f"network_{jax.process_index()}"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=options) as checkpointer:
-        checkpointer.save(fresh / "variables", args=ocp.args.PyTreeSave(variables))
+        try:
+            checkpointer.save(fresh / "variables", args=ocp.args.PyTreeSave(variables))
+        except ValueError as error:  # TensorStore's word for a full disk
+            raise OSError(f"{path} cannot be written ({_first_line(error)}); is the disk full?") from error
     text = json.dumps(dict(metadata) | {"fingerprint": fingerprint(variables)}, indent=2)
     (fresh / "metadata.json").write_text(text + "\n")
     if path.exists():
@@ -70,7 +74,10 @@ def read_metadata(path: str | os.PathLike, field: str = "config.teacher_checkpoi
             "FILE --output DIR`, or train one with a config of configs/teachers/ and name its WORKDIR/best."
         )
     try:
-        return json.loads((path / "metadata.json").read_text())
+        metadata = json.loads((path / "metadata.json").read_text())
+        if missing := REQUIRED - set(metadata):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return metadata
     except ValueError as error:
         raise ValueError(
             f"{field}: {path / 'metadata.json'} is damaged ({error}); convert or train it again"
@@ -112,6 +119,8 @@ def load_network(
 
 def _restore_numpy(path: Path) -> Any:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        if not path.is_dir():
+            raise FileNotFoundError("it has no variables/")
         tree = checkpointer.metadata(path).item_metadata.tree
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))

@@ -117,11 +117,19 @@ def build(config: ConfigDict) -> Experiment:
 
     student = models.create(fields.student, splits.num_classes, dtype, splits.train.images.shape[1], "config.student")
     teacher, teacher_variables, metadata = _teacher(fields, splits, method, dtype)
-    schedule = optim.create_schedule(fields.learning_rate, fields.decay_epochs, fields.decay_factor, steps_per_epoch)
-    tx = optim.create_optimizer(schedule, fields.momentum, fields.weight_decay, fields.nesterov)
+    schedule = optim.create_schedule(
+        fields.at_least("learning_rate", 0), fields.decay_epochs, fields.decay_factor, steps_per_epoch
+    )
+    tx = optim.create_optimizer(
+        schedule, fields.at_least("momentum", 0), fields.at_least("weight_decay", 0), fields.nesterov
+    )
     recipe = steps.Recipe(
         views=views,
-        augmentation={"padding": fields.crop_padding, "flip": fields.flip, "rotation": fields.rotation},
+        augmentation={
+            "padding": fields.at_least("crop_padding", 0),
+            "flip": fields.flip,
+            "rotation": fields.at_least("rotation", 0),
+        },
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
@@ -129,6 +137,8 @@ def build(config: ConfigDict) -> Experiment:
         teacher_normalization=steps.Normalization(tuple(metadata["mean"]), tuple(metadata["std"])) if teacher else None,
     )
     fields.one_of("view_reduction", ("sum", "mean"))
+    if fields.eval_epochs <= 0:
+        raise ValueError(f"config.eval_epochs={fields.eval_epochs} is not positive; take, say, 1.0")
     # XLA's convolutions on CPU are 20 times slower inside a loop.
     default_steps_per_call = 1 if jax.default_backend() == "cpu" else 10
     loop = Loop(

@@ -235,7 +235,14 @@ class Student:
 
 def _finished(workdir: Path) -> dict[str, Any] | None:
     path = workdir / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return _read_json(path) if path.exists() else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from error
 
 
 def _check_shared(runs: Sequence[experiment.Experiment], folders: Sequence[Path]) -> None:
@@ -301,7 +308,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
             fresh.replace(path)
         elif not os.access(workdir, os.W_OK):
             raise PermissionError("no permission")
-        there = json.loads(path.read_text())
+        there = _read_json(path)
     except OSError as error:
         raise OSError(f"--workdir={workdir} cannot be written ({error}); name another") from error
     names = [name for name in {**there, **config} if name not in ELSEWHERE]
@@ -312,8 +319,8 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
     ]
     if differences:
         raise ValueError(
-            f"--workdir={workdir} holds a run of another config; name another folder, or use that run's values:\n"
-            + "\n".join(differences)
+            f"--workdir={workdir} holds a run of another config; name another folder, remove this one, or use "
+            "that run's values:\n" + "\n".join(differences)
         )
 
 

@@ -253,6 +253,12 @@ def test_finished_run_is_not_run_again(tiny, finished, capsys):
         ({"method": "cross_entropy", "lam": 3.0}, "config.lam=3.0 is set, but method 'cross_entropy' does not read it"),
         ({"teacher": "resnet20"}, "config.teacher_checkpoint=.* holds a resnet8, not a resnet20"),
         ({"num_steps": 0}, "config.num_steps=0 is too low"),
+        ({"learning_rate": -0.1}, "config.learning_rate=-0.1 is too low"),
+        ({"momentum": -0.9}, "config.momentum=-0.9 is too low"),
+        ({"weight_decay": -1.0}, "config.weight_decay=-1.0 is too low"),
+        ({"crop_padding": -1}, "config.crop_padding=-1 is too low"),
+        ({"rotation": -3.0}, "config.rotation=-3.0 is too low"),
+        ({"eval_epochs": 0.0}, "config.eval_epochs=0.0 is not positive"),
     ],
 )
 def test_bad_field_is_named_before_anything_is_written(tiny, tmp_path, fields, message):
@@ -360,3 +366,22 @@ def test_main_reports_a_users_error_in_one_sentence(tmp_path, flag, message):
     assert "Traceback" not in result.stderr
     assert message in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_damaged_json_of_a_run_is_named(tmp_path):
+    train.claim(tmp_path, {"lam": 5.0})
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged \(.*remove it"):
+        train.claim(tmp_path, {"lam": 5.0})
+    (tmp_path / "metadata.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"metadata\.json is damaged \(it lacks mean, network, num_classes, std\)"):
+        checkpoint.load_network(tmp_path)
+
+
+def test_the_default_config_is_found_from_any_folder(tmp_path):
+    def run(*flags):
+        command = [sys.executable, str(ROOT / "main.py"), "--workdir", "run", *flags]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ).stderr
+
+    assert "config.image_size=3 is read by tfds: and folder: alone" in run("--config.image_size=3")
+    assert "No such file or directory: 'absent.py'; name a file of " in run("--config", "absent.py")

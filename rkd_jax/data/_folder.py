@@ -50,7 +50,8 @@ def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     if len(classes) < 2 or not found:
         raise ValueError(
             f"config.dataset='folder:...': {folder} holds {len(found)} images in {len(classes)} sub-folders; "
-            f"it takes two classes or more, one sub-folder each, of {', '.join(SUFFIXES)}"
+            f"it takes two classes or more, one sub-folder each, of {', '.join(SUFFIXES)}; "
+            "or both train/ and test/ that hold such sub-folders"
         )
     return found
 
