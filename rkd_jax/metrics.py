@@ -75,7 +75,7 @@ class Writer:
         )
         if metrics.get("images_per_second"):
             left = (self._num_steps - step) * self._batch_size / metrics["images_per_second"]
-            line += f" | {metrics['images_per_second']:.4g} images/s, {timedelta(seconds=round(left))} left"
+            line += f" | {metrics['images_per_second']:,.0f} images/s, {timedelta(seconds=round(left))} left"
         self.say(line)
 
     def say(self, line: str) -> None:

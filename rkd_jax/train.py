@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from rkd_jax import experiment, feed, methods, models, processes, steps
 from rkd_jax.checkpoint import Checkpoints, save_network
 from rkd_jax.metrics import Clock, Silent, Writer
+from rkd_jax.models import _conv
 
 # Fields that say where things lie, or how they are brought to the device, not what is computed.
 ELSEWHERE = ("data_dir", "teacher_checkpoint", "checkpoint_seconds", "stream")

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.custom_derivatives import SymbolicZero, linear_call
 
 SOURCE = Path(__file__).with_suffix(".cc")
@@ -171,11 +172,14 @@ def _call(name: str, shape: tuple, x: jax.Array, other: jax.Array, stride: int, 
 @functools.cache
 def available() -> bool:
     """Whether this process has one CPU device and the kernels for it; compiles them where they are not yet."""
-    if os.environ.get("RKD_JAX_CONV") == "xla" or jax.default_backend() != "cpu" or jax.device_count() > 1:
+    if (wanted := os.environ.get("RKD_JAX_CONV", "")) not in ("", "xla"):
+        raise ValueError(f"RKD_JAX_CONV={wanted} in the environment: take xla, or unset it")
+    if wanted == "xla" or jax.default_backend() != "cpu" or jax.device_count() > 1:
         return False
     try:
         library = ctypes.CDLL(str(_compiled()))
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError) as error:
+        logging.warning("Convolutions are XLA's, about half as fast: no working C++ compiler, see CXX (%s)", error)
         return False
     for name in ("rkd_conv", "rkd_conv_gradient", "rkd_depthwise", "rkd_depthwise_gradient"):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
