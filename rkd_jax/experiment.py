@@ -45,7 +45,11 @@ class Experiment(NamedTuple):
     @property
     def learner(self) -> steps.Learner:
         """What `steps.make_train_step` makes a student's part of the step from."""
-        return steps.Learner(self.student, self.method, self.tx, self.config["view_reduction"])
+        # A CPU gains nothing; several devices would exchange activations; a network of the user's own may average the
+        # statistics of its batches in a way of its own.
+        own = isinstance(self.student, models.Adapter)
+        one_batch = jax.default_backend() != "cpu" and jax.device_count() == 1 and not own
+        return steps.Learner(self.student, self.method, self.tx, self.config["view_reduction"], one_batch)
 
     @property
     def data_seed(self) -> int:

@@ -6,6 +6,7 @@ it is a function of the state, the step number in it, and the run's keys: nothin
 interrupted. Several students may share a program: one batch, one set of views and one pass through the teacher.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +17,9 @@ import optax
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rkd_jax import losses
+from rkd_jax import losses, models
 from rkd_jax.data import augment
 from rkd_jax.methods import Context, Distiller
-from rkd_jax.models import Outputs
 
 ORDER, STEP, INIT = 0, 1, 2  # the streams that the run's key is folded into
 
@@ -67,6 +67,9 @@ class Learner(NamedTuple):
     method: Distiller
     tx: optax.GradientTransformation
     view_reduction: str = "sum"  # or "mean" over the views, of each term
+    # All views in one batch, half the kernels for a GPU to start, each still normalised by its own statistics; only for
+    # the networks of `rkd_jax.models`.
+    views_in_one_batch: bool = False
 
 
 class Recipe(NamedTuple):
@@ -154,8 +157,8 @@ def accumulate(totals: dict[str, jax.Array], metrics: dict[str, jax.Array]) -> d
     return {name: totals.get(name, 0.0) + value for name, value in metrics.items()}
 
 
-def _stack(outputs: Sequence[Outputs]) -> Outputs:
-    """Outputs per view -> one Outputs whose arrays have a leading view axis."""
+def _stack(outputs: Sequence[models.Outputs]) -> models.Outputs:
+    """models.Outputs per view -> one models.Outputs whose arrays have a leading view axis."""
     return jax.tree.map(lambda *x: jnp.stack(x), *outputs)
 
 
@@ -185,6 +188,7 @@ def make_train_step(
             augment.view(name, jax.random.fold_in(rng, i), images, **recipe.augmentation)
             for i, name in enumerate(recipe.views)
         ]
+        views = jax.lax.optimization_barrier(views)  # else XLA may fuse the augmentation into each that reads it
         teachers: list[Any] = [None] * num_views
         if any(learner.method.needs_teacher for learner in learners):
             normalized = augment.normalize(jnp.concatenate(views), *recipe.teacher_normalization)
@@ -225,7 +229,7 @@ def _update(
     rng: jax.Array,
     batch: dict[str, jax.Array],
     views: Sequence[jax.Array],
-    teachers: Sequence[Outputs | None],
+    teachers: Sequence[models.Outputs | None],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of one student, from its normalised views and the teacher's outputs on them."""
     method, num_views = learner.method, len(views)
@@ -237,14 +241,23 @@ def _update(
         progress=state.step / recipe.num_steps,
     )
 
+    def forward(params, batch_stats, view, rng):
+        variables = {"params": params["student"], "batch_stats": batch_stats}
+        outputs, updated = learner.network.apply(
+            variables, view, train=True, mutable=["batch_stats"], rngs={"dropout": rng}
+        )
+        return outputs, updated.get("batch_stats", {})
+
     def apply(params):
         """The student's outputs on each view, and its batch statistics after the last."""
-        outputs, batch_stats = [], state.batch_stats
-        for i, view in enumerate(views):
-            variables = {"params": params["student"], "batch_stats": batch_stats}
-            rngs = {"dropout": jax.random.fold_in(rng, i)}
-            out, updated = learner.network.apply(variables, view, train=True, mutable=["batch_stats"], rngs=rngs)
-            batch_stats = updated.get("batch_stats", {})
+        outputs, batch_stats, rngs = [], state.batch_stats, [jax.random.fold_in(rng, i) for i in range(num_views)]
+        if learner.views_in_one_batch and num_views > 1:
+            one = functools.partial(forward, params, batch_stats)
+            stacked, after = jax.vmap(one)(jnp.stack(views), jnp.stack(rngs))
+            outputs = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_views)]
+            return outputs, models.in_turn(batch_stats, after)
+        for view, key in zip(views, rngs, strict=True):
+            out, batch_stats = forward(params, batch_stats, view, key)
             outputs.append(out)
         return outputs, batch_stats
 

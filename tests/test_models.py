@@ -1,5 +1,6 @@
-"""Every network against a PyTorch one of the same weights, and against PROTOCOL's figures."""
+"""Every network against a PyTorch one of the same weights, and against the published figures."""
 
+import functools
 import re
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from flax import traverse_util
 from jax.test_util import check_grads
 
-from rkd_jax import convert, models
+from rkd_jax import convert, experiment, models
 from rkd_jax.models import __main__ as table
 from rkd_jax.models import layers
 
@@ -275,6 +276,7 @@ def test_folded_network_is_the_same_function(name):
     model = models.create(name, 10)
     folded = models.fold(model, variables, images)
     assert not folded["batch_stats"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(folded)} == {jnp.dtype("float32")}
     assert jax.tree.structure(variables["params"]) != jax.tree.structure(folded["params"])
     apply = jax.jit(lambda v, x: model.apply(v, x, train=False), compiler_options=FAST_COMPILE)
     for ours, reference in zip(
@@ -283,6 +285,44 @@ def test_folded_network_is_the_same_function(name):
         np.testing.assert_allclose(ours, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
     cost = [apply.lower(v, images).cost_analysis()["flops"] for v in (folded, variables)]
     assert cost[0] < cost[1]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_batches_side_by_side_are_batches_in_turn(name):
+    """One call with an axis of batches, each normalised by its own statistics; float64, for rounding flips ReLUs."""
+    model, stacked = models.create(name, 10, jnp.float64), np.stack([images_for(name, 4), 2 * images_for(name, 4) + 1])
+    with jax.enable_x64(True):
+        variables = jax.tree.map(np.float64, experiment.untrained(model, stacked.shape[2:]))
+
+        @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+        def train(stats, images):
+            inputs = variables | {"batch_stats": stats}
+            outputs, updated = model.apply(inputs, images, train=True, mutable=["batch_stats"])
+            return outputs.logits, updated["batch_stats"]
+
+        stats = before = variables["batch_stats"]
+        logits, after = jax.vmap(train, (None, 0))(stats, stacked.astype(np.float64))
+        for i, images in enumerate(stacked.astype(np.float64)):
+            expected, stats = train(stats, images)
+            np.testing.assert_allclose(logits[i], expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), models.in_turn(before, after), stats
+        )
+
+
+def test_folded_in_bfloat16_is_as_near_as_unfolded():
+    """Kernels and what is added to a convolution in bfloat16, the classifier in float32."""
+    variables, images = (
+        convert.from_torch(torch_network("resnet8x4").state_dict(), "resnet8x4", 10),
+        images_for("resnet8x4", 4),
+    )
+    model, exact = models.create("resnet8x4", 10, jnp.bfloat16), models.create("resnet8x4", 10)
+    folded = models.fold(model, variables, images)
+    assert folded["params"]["conv1"]["kernel"].dtype == folded["params"]["bn1"]["bias"].dtype == jnp.bfloat16
+    assert folded["params"]["fc"]["kernel"].dtype == jnp.float32
+    reference = exact.apply(variables, images, train=False).logits
+    errors = [jnp.abs(model.apply(v, images, train=False).logits - reference).mean() for v in (folded, variables)]
+    assert errors[0] < 2 * errors[1] < 0.05 * jnp.abs(reference).mean()
 
 
 def test_folding_leaves_a_residual_that_reads_the_convolution_alone():

@@ -64,6 +64,7 @@ def test_a_gpus_program_has_nothing_of_a_cpus(tiny, monkeypatch):
     monkeypatch.setattr(_conv, "available", _conv.available.__wrapped__)  # asked anew
     run, state, inputs, step = prepare(tiny())
     assert run.loop.steps_per_call == 10
+    assert run.learner.views_in_one_batch
     assert not run.teacher_variables["batch_stats"]  # folded
     program = jax.jit(functools.partial(step, count=2))
     text = export.export(program, platforms=("cuda",))(state, inputs, steps.epoch_order(RNG, 0, 64)).mlir_module()
@@ -125,6 +126,23 @@ def test_student_updates_its_batch_statistics_per_view(tiny):
         np.abs(a - b).max() for a, b in zip(jax.tree.leaves(after.batch_stats), jax.tree.leaves(before), strict=True)
     ]
     assert min(change) > 0
+
+
+@pytest.mark.parametrize("method", ["ranking_alignment", "crld"])
+def test_views_in_one_batch_are_views_in_turn(tiny, method):
+    config = tiny(views="both", student="wrn_16_1", method=method)
+    run, found = experiment.build(config), []
+    mesh = steps.data_mesh(run.recipe.batch_size)
+    inputs = steps.replicate(steps.Inputs(RNG, (RNG,), *run.splits.train, run.teacher_variables), mesh)
+    assert not run.learner.views_in_one_batch  # on a CPU
+    for one_batch in (False, True):
+        learner = run.learner._replace(views_in_one_batch=one_batch)
+        step = steps.make_train_step([learner], run.teacher, run.recipe, mesh)
+        state = steps.replicate(run.create_state(RNG), mesh)
+        with _conv.xla_alone():  # as on a GPU
+            (state,), (metrics,) = step((state,), inputs, steps.epoch_order(RNG, 0, 64))
+        found.append(jax.device_get((metrics, state.params, state.batch_stats)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), *found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.models._fold import fold
-from rkd_jax.models.layers import full_precision
+from rkd_jax.models.layers import full_precision, in_turn
 
-__all__ = ["Adapter", "Outputs", "create", "fold", "names", "resolve"]
+__all__ = ["Adapter", "Outputs", "create", "fold", "in_turn", "names", "resolve"]
 
 
 class Outputs(NamedTuple):

@@ -15,6 +15,7 @@ from jax.nn.initializers import Initializer
 from rkd_jax.models._conv import conv_general_dilated
 
 EPSILON = 1e-5  # of batch normalisation
+KEPT = 0.9  # of its running averages, at each update
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015; N(0, 2 / (k * k * out))
 torch_default = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's: U(-1/sqrt(in), 1/sqrt(in))
 
@@ -41,11 +42,13 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[..., C] -> [..., C]; train: normalise by the batch's statistics and update the running ones."""
-        shape, compute_dtype, x = x.shape[-1:], x.dtype, full_precision(x)
-        bias = self.param("bias", nn.initializers.zeros, shape)
         if self._is_folded():
-            scale = self.get_variable("params", "scale") if self.has_variable("params", "scale") else 1.0
-            return (x * scale + bias).astype(compute_dtype)
+            scale, bias = (self.get_variable("params", name) for name in ("scale", "bias"))
+            if scale is not None:
+                return (full_precision(x) * scale + bias).astype(x.dtype)
+            return x if bias is None else x + bias.astype(x.dtype)  # which a GPU's convolution takes along
+        shape = x.shape[-1:]
+        bias = self.param("bias", nn.initializers.zeros, shape)
         scale = self.param("scale", nn.initializers.ones, shape)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape)
@@ -53,11 +56,13 @@ class BatchNorm(nn.Module):
             y, mean, var = _normalize(x, scale, bias, around=running_mean.value)
             if not self.is_initializing():
                 count = x.size // x.shape[-1]
-                running_mean.value = 0.9 * running_mean.value + 0.1 * mean
-                running_var.value = 0.9 * running_var.value + 0.1 * var * (count / max(count - 1, 1))
+                unbiased = var * (count / max(count - 1, 1))
+                running_mean.value = KEPT * running_mean.value + (1 - KEPT) * mean
+                running_var.value = KEPT * running_var.value + (1 - KEPT) * unbiased
         else:
-            y = (x - running_mean.value) * (scale * jax.lax.rsqrt(running_var.value + EPSILON)) + bias
-        return y.astype(compute_dtype)
+            rate = jax.lax.rsqrt(running_var.value + EPSILON)
+            y = ((full_precision(x) - running_mean.value) * (scale * rate) + bias).astype(x.dtype)
+        return y
 
     def _is_folded(self) -> bool:
         return not self.is_initializing() and not self.has_variable("batch_stats", "mean")
@@ -68,33 +73,47 @@ def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, around: jax.Arra
     """(y, mean, biased variance) by the moments of each channel, of one pass: of x - around, so that nothing cancels.
 
     `around` [C] is a value near the mean, a constant. The gradient is in closed form: two sums over x's elements
-    where differentiation line by line takes three, and x - around is all that it keeps.
+    where differentiation line by line takes three, and x is all that it keeps.
     """
     return _normalize_forward(x, scale, bias, around)[0]
 
 
 def _normalize_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, around: jax.Array) -> tuple[Any, Any]:
     axes = tuple(range(x.ndim - 1))
-    x = x - around
-    mean = x.mean(axes)
-    var = jnp.maximum(jnp.square(x).mean(axes) - jnp.square(mean), 0.0)
+    centred = full_precision(x) - around
+    mean = centred.mean(axes)
+    var = jnp.maximum(jnp.square(centred).mean(axes) - jnp.square(mean), 0.0)
     rate = jax.lax.rsqrt(var + EPSILON)
-    y = (x - mean) * (scale * rate) + bias
-    return (y, mean + around, var), (x, scale, mean, rate)
+    y = (centred - mean) * (scale * rate) + bias
+    return (y.astype(x.dtype), mean + around, var), (x, scale, around, mean, rate)
 
 
 def _normalize_backward(kept: Any, cotangents: Any) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     """dL/dx is linear in dy and x, channel by channel (Ioffe and Szegedy 2015, Section 3)."""
-    (x, scale, mean, rate), (dy, dmean, dvar) = kept, cotangents
+    (x, scale, around, mean, rate), (dy, dmean, dvar) = kept, cotangents
     axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
+    centred, dy = full_precision(x) - around, full_precision(dy)
     dbias = dy.sum(axes)
-    dscale = rate * ((dy * x).sum(axes) - mean * dbias)
+    dscale = rate * ((dy * centred).sum(axes) - mean * dbias)
     slope = (2 * dvar - scale * jnp.square(rate) * dscale) / count
     constant = (dmean - scale * rate * dbias) / count
-    return dy * (scale * rate) + (x - mean) * slope + constant, dscale, dbias, None
+    dx = dy * (scale * rate) + (centred - mean) * slope + constant
+    return dx.astype(x.dtype), dscale, dbias, None
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def in_turn(before: Any, after: Any) -> Any:
+    """Running averages after several batches in turn, from those after each alone, [V, ...], and those before."""
+
+    def one(before: jax.Array, after: jax.Array) -> jax.Array:
+        total = before
+        for each in after:
+            total = each + KEPT * (total - before)
+        return total
+
+    return jax.tree.map(one, before, after)
 
 
 def conv(
