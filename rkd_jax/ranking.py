@@ -202,9 +202,8 @@ def _cuts(drops):
     """
     n = drops.shape[-1] + 1
     origin = [(0, 0)] * (drops.ndim - 1) + [(1, 0)]
-    y, y_residue = _prefix_sum(jnp.pad(-drops, origin))
-    total, residue = _prefix_sum(y - jnp.mean(y, axis=-1, keepdims=True))
-    total, residue = jnp.pad(total, origin), jnp.pad(residue + jnp.cumsum(y_residue, axis=-1), origin)
+    y, residue = _prefix_sum(jnp.pad(-drops, origin))
+    total, residue = (jnp.pad(x, origin) for x in _prefix_sum(y - jnp.mean(y, axis=-1, keepdims=True), residue))
     k, other = jnp.arange(1, n)[:, None], jnp.arange(n + 1)
     rise = (total[..., 1:n, None] - total[..., None, :]) + (residue[..., 1:n, None] - residue[..., None, :])
     slope = rise / jnp.where(k == other, 1, k - other)
@@ -213,10 +212,15 @@ def _cuts(drops):
     return before > after
 
 
-def _prefix_sum(x):
-    """Prefix sums as an unevaluated sum (rounded, residue): plain float32 ones would be off by whole ranks."""
-    rounded = jnp.cumsum(x, axis=-1)
-    return rounded, jnp.cumsum(x - jnp.diff(rounded, axis=-1, prepend=0), axis=-1)
+def _prefix_sum(x, residue=0):
+    """Prefix sums of x + residue as an unevaluated sum (rounded, residue): float32 alone would be whole ranks off."""
+
+    def prefix_sum(x):  # jnp.cumsum takes a GPU four kernels
+        position = jnp.arange(x.shape[-1])
+        return jnp.sum(jnp.where(position <= position[:, None], x[..., None, :], 0), axis=-1)
+
+    rounded = prefix_sum(x)
+    return rounded, prefix_sum(x - jnp.diff(rounded, axis=-1, prepend=0) + residue)
 
 
 # With loops over the rows.
@@ -280,8 +284,19 @@ def _block_mean_by_loops(x, start, size):
     def mean(x, start, size):
         return jnp.broadcast_to(jnp.mean(x, axis=-1, keepdims=True), x.shape)
 
-    one_block = jnp.all(size[..., :1] == x.shape[-1])  # the first entry's block tells of the whole row
+    one_block = _all(size[..., :1] == x.shape[-1])  # the first entry's block tells of the whole row
     return lax.cond(one_block, mean, _block_mean_by_pooling, x, start, size)
+
+
+@custom_vmap
+def _all(x):
+    """Whether all of x is true, over vmap's axes too: a condition for each row would compute both branches for all."""
+    return jnp.all(x)
+
+
+@_all.def_vmap
+def _all_vmap(axis_size, in_batched, x):
+    return _all(x), False
 
 
 def _block_mean_by_pooling(x, start, size):

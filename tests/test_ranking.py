@@ -187,7 +187,27 @@ def test_vmap_of_values_strengths_and_gradients(form):
         np.testing.assert_allclose(every, one(x, eps), atol=1e-5)
     by_row = jax.jit(jax.vmap(gradient))(x, strengths)
     np.testing.assert_allclose(by_row, [one_gradient(*pair) for pair in zip(x, strengths, strict=True)], atol=1e-4)
+    by_batch = jax.jit(jax.grad(lambda x: jnp.sum(jax.vmap(ranks)(x, strengths) ** 2)))(x)
+    np.testing.assert_allclose(by_batch, by_row, atol=1e-4)
     np.testing.assert_allclose(jax.jit(jax.vmap(ranking.isotonic_l2))(x), jax.jit(ranking.isotonic_l2)(x), atol=1e-6)
+
+
+@both_forms
+@pytest.mark.parametrize("operator", [ranking.soft_rank, ranking.soft_sort, ranking.isotonic_l2])
+def test_derivatives_of_a_vmap_are_those_of_the_batch(form, operator):
+    x = rows(6, np.float32)[:3]
+    tangent = x[::-1]
+
+    def batch(x):
+        return jnp.sum(operator(x) ** 3)
+
+    def each(x):
+        return jnp.sum(jax.vmap(operator)(x) ** 3)
+
+    for derivative in (jax.grad, lambda f: lambda x: jax.jvp(jax.grad(f), (x,), (tangent,))[1]):
+        found, expected = jax.jit(derivative(each))(x), jax.jit(derivative(batch))(x)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+        assert np.abs(expected).max() > 0
 
 
 @both_forms
