@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
     batch_stats: Any  # the student's
     opt_state: optax.OptState
     method_state: Any
-    bad_step: jax.Array  # int32: the first step whose loss or update was not finite; -1: none
+    bad_step: jax.Array  # int32: the first step whose loss was not finite, or after which the network was not; -1: none
 
 
 class Inputs(NamedTuple):
@@ -205,17 +205,24 @@ def make_train_step(
     def train_steps(states: tuple[TrainState, ...], inputs: Inputs, source, count: int = 1):
         streamed = isinstance(source, Batches)
         if count == 1:  # not a scan of one: XLA's convolutions on CPU are slow in loops
-            return train_step(states, inputs, jax.tree.map(lambda x: x[0], source) if streamed else source)
+            states, metrics = train_step(states, inputs, jax.tree.map(lambda x: x[0], source) if streamed else source)
+            return tuple(map(_checked, states)), metrics
 
         def body(states, batch):
             return train_step(states, inputs, batch if streamed else source)
 
         states, metrics = jax.lax.scan(body, states, source if streamed else None, count)
-        return states, jax.tree.map(lambda x: x.sum(0), metrics)
+        return tuple(map(_checked, states)), jax.tree.map(lambda x: x.sum(0), metrics)
 
     return jax.jit(
         train_steps, static_argnums=3, donate_argnums=0, in_shardings=(whole, whole, None), out_shardings=whole
     )
+
+
+def _checked(state: TrainState) -> TrainState:
+    """With bad_step set where the parameters are not finite: they stay so, hence it is enough to look once a call."""
+    finite = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), state.params))
+    return state._replace(bad_step=jnp.where((state.bad_step < 0) & ~finite, state.step - 1, state.bad_step))
 
 
 def _step_rng(rng: jax.Array, step: jax.Array) -> jax.Array:
@@ -233,6 +240,7 @@ def _update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of one student, from its normalised views and the teacher's outputs on them."""
     method, num_views = learner.method, len(views)
+    one_batch = learner.views_in_one_batch and num_views > 1
     rng = jax.random.fold_in(rng, num_views)
     context = Context(
         rng=rng,
@@ -251,7 +259,7 @@ def _update(
     def apply(params):
         """The student's outputs on each view, and its batch statistics after the last."""
         outputs, batch_stats, rngs = [], state.batch_stats, [jax.random.fold_in(rng, i) for i in range(num_views)]
-        if learner.views_in_one_batch and num_views > 1:
+        if one_batch:
             one = functools.partial(forward, params, batch_stats)
             stacked, after = jax.vmap(one)(jnp.stack(views), jnp.stack(rngs))
             outputs = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_views)]
@@ -273,9 +281,14 @@ def _update(
             terms, method_state, metrics = terms_of(params, method_state, _stack(students), _stack(teachers), 0)
         else:
             parts = []
-            for i, (student, target) in enumerate(zip(students, teachers, strict=True)):
-                terms, method_state, metrics = terms_of(params, method_state, student, target, i)
-                parts.append((terms, metrics))
+            if one_batch and not jax.tree.leaves(method_state):
+                apart = functools.partial(terms_of, params, method_state)
+                together = jax.vmap(apart)(_stack(students), _stack(teachers), jnp.arange(num_views))
+                parts = [jax.tree.map(lambda x, i=i: x[i], (together[0], together[2])) for i in range(num_views)]
+            else:
+                for i, (student, target) in enumerate(zip(students, teachers, strict=True)):
+                    terms, method_state, metrics = terms_of(params, method_state, student, target, i)
+                    parts.append((terms, metrics))
             scale = 1 / num_views
             weight = scale if learner.view_reduction == "mean" else 1.0
             terms = jax.tree.map(lambda *x: weight * sum(x), *(terms for terms, _ in parts))
@@ -295,8 +308,7 @@ def _update(
         grads = pullback((one, one))[0]
     updates, opt_state = learner.tx.update(grads, state.opt_state, state.params, **extra)
     metrics = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
-    finite = jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda x: jnp.isfinite(x).all(), (metrics["loss"], updates)))
-    bad = (state.bad_step < 0) & ~finite
+    bad = (state.bad_step < 0) & ~jnp.isfinite(metrics["loss"])
     state = TrainState(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
