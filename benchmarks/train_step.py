@@ -276,7 +276,7 @@ class Ours:
         inputs = steps.replicate(steps.Inputs(self.rng, (self.rng,), images, labels, self.variables), self.mesh)
         order = steps.replicate(steps.epoch_order(self.rng, 0, num_images), self.mesh)
         learners = [
-            steps.Learner(self.student, method, self.tx)
+            experiment.create_learner(self.student, method, self.tx)
             for method in ([dataclasses.replace(self.method, lam=lam) for lam in lams] or [self.method])
         ]
         inputs = inputs._replace(rngs=(self.rng,) * len(learners))

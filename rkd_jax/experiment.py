@@ -45,11 +45,7 @@ class Experiment(NamedTuple):
     @property
     def learner(self) -> steps.Learner:
         """What `steps.make_train_step` makes a student's part of the step from."""
-        # A CPU gains nothing; several devices would exchange activations; a network of the user's own may average the
-        # statistics of its batches in a way of its own.
-        own = isinstance(self.student, models.Adapter)
-        one_batch = jax.default_backend() != "cpu" and jax.device_count() == 1 and not own
-        return steps.Learner(self.student, self.method, self.tx, self.config["view_reduction"], one_batch)
+        return create_learner(self.student, self.method, self.tx, self.config["view_reduction"])
 
     @property
     def data_seed(self) -> int:
@@ -165,6 +161,19 @@ def build(config: ConfigDict) -> Experiment:
     )
 
 
+def create_learner(
+    student: nn.Module, method: methods.Distiller, tx: optax.GradientTransformation, view_reduction: str = "sum"
+) -> steps.Learner:
+    """A student's part of a step; its views go through it in one batch where that is as right, and faster.
+
+    A CPU gains nothing by it; several devices would exchange activations; and a network of the user's own may average
+    the statistics of its batches in a way of its own.
+    """
+    own = isinstance(student, models.Adapter)
+    one_batch = jax.default_backend() != "cpu" and jax.device_count() == 1 and not own
+    return steps.Learner(student, method, tx, view_reduction, one_batch)
+
+
 def shrink(config: ConfigDict) -> dict[str, Any]:
     """The config's fields, with config.smoke made so small that a run takes seconds."""
     return config.to_dict() | (SMOKE if config.get("smoke") else {})
@@ -210,10 +219,12 @@ def _teacher(
         return None, None, {}
     teacher = models.create(name, splits.num_classes, dtype, splits.train.images.shape[1], "config.teacher")
     if fields.smoke and not path:  # an untrained one will do
-        return teacher, untrained(teacher, splits.train.images.shape[1:]), {"mean": splits.mean, "std": splits.std}
-    canonical = models.resolve(name, splits.train.images.shape[1], "config.teacher")
-    variables, metadata = checkpoint.load_network(path, canonical, splits.num_classes)
-    check_variables(teacher, variables, splits.train.images.shape[1:], "config.teacher_checkpoint")
+        variables = untrained(teacher, splits.train.images.shape[1:])
+        metadata = {"mean": splits.mean, "std": splits.std}
+    else:
+        canonical = models.resolve(name, splits.train.images.shape[1], "config.teacher")
+        variables, metadata = checkpoint.load_network(path, canonical, splits.num_classes)
+        check_variables(teacher, variables, splits.train.images.shape[1:], "config.teacher_checkpoint")
     if jax.default_backend() != "cpu" if fold is None else fold:
         images = jax.ShapeDtypeStruct((1, *splits.train.images.shape[1:]), jnp.float32)
         variables = models.fold(teacher, variables, images)
