@@ -42,11 +42,13 @@ CONFIGS = (
 )  # fmt: skip
 BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?(%[\w.-]+) = (.*?) ([\w-]+)\((.*)")
+COUNTS = ("kernels", "convolutions", "MB", "GFLOP")
+PARTS = ("teacher", "student", "loss", "the rest")
 NO_KERNEL = ("parameter", "get-tuple-element", "constant", "bitcast", "tuple")
 
 
 def main():
-    """Prints a table of the configs' steps and keeps it as JSON."""
+    """Prints a table of the configs' steps and keeps the counts as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help="files of configs/, without .py")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="of the config, as JSON")
@@ -55,12 +57,10 @@ def main():
     mesh = describe()
     fields = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in flags.set)}
     found = {"steps": {}, "provenance": train.provenance() | {"device": "none; compiled for NVIDIA H100 80GB HBM3"}}
-    print(f"{'config':26}{'part':14}{'kernels':>8}{'convolutions':>14}{'MB':>8}{'GFLOP':>8}")
     for name in flags.configs:
-        found["steps"][name] = count = tally(compiled(name, fields, mesh))
-        for part, (kernels, convolutions, size, flops) in count.items():
-            print(f"{name:26}{part:14}{kernels:8}{convolutions:14}{size / 1e6:8.0f}{flops / 1e9:8.1f}")
+        found["steps"][name] = tally(compiled(name, fields, mesh))
     flags.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found["steps"]))
 
 
 def describe():
@@ -90,10 +90,10 @@ def compiled(name, fields, mesh):
 
 
 def tally(program):
-    """Of each part of a step: kernels, how many of them are convolutions, bytes moved, operations of convolutions."""
+    """Of each part of a step: kernels, how many of them are convolutions, MB moved, GFLOP of the convolutions."""
     computations = re.findall(r"^%?[\w.-]+ \(.*?\) -> .*? \{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL)
     body = max(computations, key=lambda text: text.count("__cudnn$conv"))
-    shapes, found = {}, collections.defaultdict(lambda: [0, 0, 0, 0])
+    shapes, found = {}, collections.defaultdict(lambda: [0] * len(COUNTS))
     for name, shape, opcode, rest in INSTRUCTION.findall(body):
         shapes[name] = shape
         if opcode in NO_KERNEL:
@@ -103,10 +103,10 @@ def tally(program):
         if any(size_of(operand) > 1e8 and operand.startswith("u8") for operand in operands):
             moved = 2 * size_of(shape)  # a gather from the training set
         convolution = "__cudnn$conv" in rest
-        row = [1, convolution, moved, operations(rest, shape, operands) if convolution else 0]
+        row = [1, int(convolution), moved / 1e6, operations(rest, shape, operands) / 1e9 if convolution else 0]
         for part in (part_of(rest), "all"):
             found[part] = [a + b for a, b in zip(found[part], row, strict=True)]
-    return dict(sorted(found.items()))
+    return {part: dict(zip(COUNTS, row, strict=True)) for part, row in found.items()}
 
 
 def part_of(instruction):
@@ -138,6 +138,17 @@ def operations(instruction, shape, operands):
     if "BackwardInput" in instruction:
         return 2 * math.prod(a) * math.prod(b) // a[-1]
     return 2 * math.prod(out) * math.prod(b) // out[-1]
+
+
+def table(found):
+    """The steps as a Markdown table."""
+    heads = ("config", "kernels", "of these convolutions", *PARTS, "moved, MB", "convolutions, GFLOP")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, step in found.items():
+        kernels, convolutions, size, flops = (step["all"][count] for count in COUNTS)
+        row = [name, kernels, convolutions, *(step[part]["kernels"] for part in PARTS), f"{size:.0f}", f"{flops:.0f}"]
+        lines.append("| " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
