@@ -72,6 +72,13 @@ def test_speeds_of_the_training_step_are_those_of_results():
         assert f"| {found[pair]['whole']['ratio']['whole step / PyTorch as used']:.2f} times |" in README
 
 
+def test_kernels_of_the_docs_are_those_of_results():
+    from benchmarks import gpu_program
+
+    found = json.loads((ROOT / "results" / "gpu_program.json").read_text())
+    assert gpu_program.table(found["steps"]) in (ROOT / "docs" / "speed.md").read_text()
+
+
 def test_short_ablation_of_the_docs_is_that_of_results():
     from benchmarks import fair_ablation
 
