@@ -723,3 +723,29 @@ def test_the_documentation_is_up_to_date(capsys):
     assert table in page, "write the output of `python -m rkd_jax.methods --markdown` into docs/methods.md"
     example = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
     assert textwrap.dedent(example).strip() == MINE.strip()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"), [case for case in CASES if not methods.create(case[0], **case[1]).joint_views]
+)
+def test_views_at_once_are_views_in_turn(name, fields):
+    """As on a GPU, where a method without a state takes all views by vmap."""
+    method = methods.create(name, **fields)
+    rng = np.random.default_rng(3)
+    s, t = rng.normal(size=(2, 2, 5, CLASSES)).astype(np.float32)
+    y = jnp.arange(5) % CLASSES
+    params, state = method.init(jax.random.key(1), shapes(5), shapes(5), 100)
+
+    def loss(s, t):
+        one = outputs(s), outputs(t) if method.needs_teacher else None
+        found, _, metrics = method.loss(params, state, *one, {"label": y, "index": y}, context(30.0))
+        return sum(found.values()), metrics
+
+    grad = jax.value_and_grad(loss, has_aux=True)
+    together = jax.jit(jax.vmap(grad))(s, t)
+    for i in range(2):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+            jax.tree.map(lambda x, i=i: x[i], together),
+            jax.jit(grad)(s[i], t[i]),
+        )
