@@ -146,7 +146,14 @@ def table(found):
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for name, step in found.items():
         kernels, convolutions, size, flops = (step["all"][count] for count in COUNTS)
-        row = [name, kernels, convolutions, *(step[part]["kernels"] for part in PARTS), f"{size:.0f}", f"{flops:.0f}"]
+        row = [
+            name,
+            kernels,
+            convolutions,
+            *(step.get(part, {"kernels": 0})["kernels"] for part in PARTS),
+            f"{size:.0f}",
+            f"{flops:.0f}",
+        ]
         lines.append("| " + " | ".join(map(str, row)) + " |")
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from rkd_jax import checkpoint, data, methods, models, optim, steps
 
 VIEWS = {"weak": ("weak",), "strong": ("strong",), "both": ("weak", "strong")}
+MOST_SEED = 2**32 - 1  # jax.random.key would drop the bits above
 SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_every": 2, "eval_batch_size": 16}
 
 
@@ -78,10 +79,12 @@ class Fields:
             raise ValueError(f"config.{name}={value!r} is none of {', '.join(map(repr, choices))}")
         return value
 
-    def at_least(self, name: str, least: float) -> Any:
-        """The value of a number that must not be below `least`."""
-        if (value := getattr(self, name)) < least:
+    def at_least(self, name: str, least: float, most: float = float("inf")) -> Any:
+        """The value of a number that must not be below `least`, nor above `most`."""
+        if not (value := getattr(self, name)) >= least:  # NaN neither
             raise ValueError(f"config.{name}={value} is too low; take {least} or more")
+        if value > most:
+            raise ValueError(f"config.{name}={value} is too high; take {most} or less")
         return value
 
     def check_all_read(self) -> None:
@@ -118,15 +121,15 @@ def build(config: ConfigDict) -> Experiment:
     student = models.create(fields.student, splits.num_classes, dtype, splits.train.images.shape[1], "config.student")
     teacher, teacher_variables, metadata = _teacher(fields, splits, method, dtype)
     schedule = optim.create_schedule(
-        fields.at_least("learning_rate", 0), fields.decay_epochs, fields.decay_factor, steps_per_epoch
+        fields.at_least("learning_rate", 0), fields.decay_epochs, fields.at_least("decay_factor", 0), steps_per_epoch
     )
     tx = optim.create_optimizer(
-        schedule, fields.at_least("momentum", 0), fields.at_least("weight_decay", 0), fields.nesterov
+        schedule, fields.at_least("momentum", 0, 0.9999), fields.at_least("weight_decay", 0), fields.nesterov
     )
     recipe = steps.Recipe(
         views=views,
         augmentation={
-            "padding": fields.at_least("crop_padding", 0),
+            "padding": fields.at_least("crop_padding", 0, splits.train.images.shape[1]),
             "flip": fields.flip,
             "rotation": fields.at_least("rotation", 0),
         },
@@ -150,7 +153,10 @@ def build(config: ConfigDict) -> Experiment:
         eval_batch_size=fields.at_least("eval_batch_size", 1),
         checkpoint_seconds=fields.at_least("checkpoint_seconds", 0),
     )
-    _ = fields.seed, fields.data_seed, fields.stream, fields.smoke, fields.compare, fields.sweep
+    fields.at_least("seed", 0, MOST_SEED)
+    if fields.data_seed is not None:
+        fields.at_least("data_seed", 0, MOST_SEED)
+    _ = fields.stream, fields.smoke, fields.compare, fields.sweep
     fields.check_all_read()
 
     resolved = {name: value for name, value in values.items() if name not in _method_fields(values)}

@@ -69,10 +69,11 @@ class Writer:
         self._file.flush()
         for name, value in metrics.items() if self._board else ():
             self._board.add_scalar(f"{kind}/{name}", value, step)
-        shown = {name: value for name, value in metrics.items() if name not in TIMES}
-        line = f"{kind:5} step {step}/{self._num_steps} epoch {epoch:.2f} " + " ".join(
-            f"{name} {value:.4g}" if kind == "train" else f"{name} {value:.2f}" for name, value in shown.items()
-        )
+        line = f"{kind:5} step {step}/{self._num_steps} epoch {epoch:.2f}"
+        for name, value in metrics.items():
+            alone = name == "label" and value == metrics.get("loss")  # the only term
+            if name not in TIMES and not alone:
+                line += f" {name} {value:.2f} %" if name.startswith("top") else f" {name} {value:.4g}"
         if metrics.get("images_per_second"):
             left = (self._num_steps - step) * self._batch_size / metrics["images_per_second"]
             line += f" | {metrics['images_per_second']:,.0f} images/s, {timedelta(seconds=round(left))} left"

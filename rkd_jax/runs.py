@@ -94,7 +94,9 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
 
 
 def _parse(field: str, value: str, kind: type) -> Any:
-    """A field's value from a word; ValueError where it is none of that kind."""
+    """A field's value from a word; ValueError where it is none of that kind, or a list."""
+    if kind is tuple:
+        raise ValueError(f"config.sweep: {field} is a list of numbers, which a sweep cannot vary; start a run for each")
     if kind is bool and value.lower() in ("true", "false"):
         return value.lower() == "true"
     try:

@@ -169,8 +169,8 @@ def make_train_step(
 
     There is one state and one dict of metrics a learner; all states are at the same step, and are donated. `source` is
     the order of their epoch (`epoch_order`), which the steps must not leave, or Batches from the host. The metrics are
-    scalars, summed over the steps: "loss", each of the method's terms and metrics, "accuracy", the student's top-1 on
-    its augmented views, and "count", the number of steps.
+    scalars, summed over the steps: "loss", each of the method's terms and metrics, "top1", the student's accuracy on
+    its augmented views in percent, and "count", the number of steps.
     """
     split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     num_views = len(recipe.views)
@@ -296,7 +296,7 @@ def _update(
         label = terms.get("label", jnp.float32(0))
         distill = sum((value for name, value in terms.items() if name != "label"), start=jnp.float32(0))
         correct = jnp.stack([outputs.logits.argmax(-1) == batch["label"] for outputs in students])
-        metrics = {"loss": label + distill, **terms, **metrics, "accuracy": correct.mean(), "count": 1.0}
+        metrics = {"loss": label + distill, **terms, **metrics, "top1": 100 * correct.mean(), "count": 1.0}
         return (label, distill), (batch_stats, method_state, metrics)
 
     (label, _), pullback, (batch_stats, method_state, metrics) = jax.vjp(objective, state.params, has_aux=True)

@@ -52,7 +52,7 @@ def run(folder, **fields):
     (folder / "summary.json").write_text(json.dumps({"config": config, "best": best, "last": last}))
     lines = []
     for step in (10, 20):
-        train = {"loss": 9.0 / step, "accuracy": step / 40, "student_blocks": 2.0, "teacher_blocks": 3.0}
+        train = {"loss": 9.0 / step, "top1": 2.5 * step, "student_blocks": 2.0, "teacher_blocks": 3.0}
         lines.append({"step": step, "epoch": step / 10, "kind": "train", **train})
         lines.append({"step": step, "epoch": step / 10, "kind": "test", "top1": 95.0 - step / 10})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3')

@@ -115,7 +115,7 @@ def test_terms_are_summed_or_averaged_over_the_views(tiny):
         found[reduction] = jax.device_get(metrics)
     for name in ("loss", "label", "ranking"):
         np.testing.assert_allclose(found["sum"][name], 2 * found["mean"][name], rtol=1e-5)
-    np.testing.assert_allclose(found["sum"]["accuracy"], found["mean"]["accuracy"])
+    np.testing.assert_allclose(found["sum"]["top1"], found["mean"]["top1"])
 
 
 def test_student_updates_its_batch_statistics_per_view(tiny):

@@ -169,7 +169,7 @@ def test_sweep_from_the_config(tiny, tmp_path, capsys):
         ("lam", "'lam' is not FIELD=VALUE"),
         ("lam=1,much", "lam=much is no float, which config.lam takes"),
         ("lam=1,1", "names a student twice"),
-        ("decay_epochs=1,2", "is no tuple"),
+        ("decay_epochs=1,2", "decay_epochs is a list of numbers, which a sweep cannot vary; start a run for each"),
         ("method=kd,takd", "method=takd trains a chain of networks"),
         ("method=kd,dkf", "did you mean 'dk"),
     ],

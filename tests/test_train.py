@@ -74,9 +74,7 @@ def test_run_leaves_what_it_promises(tiny, finished):
     lines = records(workdir)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 6, 9, 12]
     assert [line["step"] for line in lines if line["kind"] == "test"] == [8, 12]
-    assert {"loss", "label", "ranking", "accuracy", "student_blocks", "teacher_blocks", "learning_rate"} <= set(
-        lines[0]
-    )
+    assert {"loss", "label", "ranking", "top1", "student_blocks", "teacher_blocks", "learning_rate"} <= set(lines[0])
 
 
 def test_evaluation_agrees_to_the_digit(tiny, finished, capsys):
@@ -254,9 +252,16 @@ def test_finished_run_is_not_run_again(tiny, finished, capsys):
         ({"teacher": "resnet20"}, "config.teacher_checkpoint=.* holds a resnet8, not a resnet20"),
         ({"num_steps": 0}, "config.num_steps=0 is too low"),
         ({"learning_rate": -0.1}, "config.learning_rate=-0.1 is too low"),
+        ({"learning_rate": float("nan")}, "config.learning_rate=nan is too low"),
         ({"momentum": -0.9}, "config.momentum=-0.9 is too low"),
+        ({"momentum": 1.0}, "config.momentum=1.0 is too high; take 0.9999 or less"),
+        ({"decay_factor": -0.1}, "config.decay_factor=-0.1 is too low"),
+        ({"seed": -1}, "config.seed=-1 is too low"),
+        ({"seed": 2**32}, "config.seed=4294967296 is too high; take 4294967295 or less"),
+        ({"data_seed": 2**40}, "config.data_seed=1099511627776 is too high"),
         ({"weight_decay": -1.0}, "config.weight_decay=-1.0 is too low"),
         ({"crop_padding": -1}, "config.crop_padding=-1 is too low"),
+        ({"crop_padding": 9}, "config.crop_padding=9 is too high; take 8 or less"),
         ({"rotation": -3.0}, "config.rotation=-3.0 is too low"),
         ({"eval_epochs": 0.0}, "config.eval_epochs=0.0 is not positive"),
     ],

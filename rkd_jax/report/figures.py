@@ -385,7 +385,7 @@ def draw_curves(args: argparse.Namespace) -> Figure:
         lines, tests = (load_metrics(folder, kind) for kind in ("train", "test"))
         epochs = [line["epoch"] for line in lines]
         loss.plot(epochs, [line["loss"] for line in lines], color=color, label=label)
-        accuracy.plot(epochs, [100 * line["accuracy"] for line in lines], color=color)
+        accuracy.plot(epochs, [line["top1"] for line in lines], color=color)
         top1.plot([line["epoch"] for line in tests], [line["top1"] for line in tests], color=color)
         best = max(tests, key=lambda line: line["top1"])  # the first of equals, as training keeps it
         for line, mark, size in ((tests[-1], "o", 6), (best, "*", 12)):
