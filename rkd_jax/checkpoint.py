@@ -5,10 +5,12 @@ in `best/` and `last/`, and `config.teacher_checkpoint` names. A training state 
 its workdir, by step, beside a checksum.
 """
 
+import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,7 +119,24 @@ def load_network(
     return jax.tree.map(lambda x: x.astype(np.float32) if x.dtype.kind == "f" else x, variables), metadata
 
 
+@functools.cache
+def _hush_closed_loops() -> None:
+    """Keeps traces of "Event loop is closed" off the console, for good.
+
+    Where one of a checkpoint's arrays cannot be read, Orbax gives up and closes its event loop; the reads still under
+    way then fail to report to it, and Python prints a trace for each, on top of the error that matters.
+    """
+    hook = sys.unraisablehook
+
+    def hushed(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = hushed
+
+
 def _restore_numpy(path: Path) -> Any:
+    _hush_closed_loops()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         if not path.is_dir():
             raise FileNotFoundError("it has no variables/")
@@ -183,6 +202,7 @@ class Checkpoints:
 
         A damaged one is named in the log and set aside as damaged-STEP.
         """
+        _hush_closed_loops()
         template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
         arguments = ocp.checkpoint_utils.construct_restore_args(template)
         for there in sorted(self.steps(), reverse=True) if step is None else [step]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -321,6 +322,15 @@ def test_damaged_teacher(tiny, teacher, tmp_path, damage):
         (path / "metadata.json").write_text('{"network": ')
     with pytest.raises(ValueError, match=r"config.teacher_checkpoint.*damaged"):
         experiment.build(tiny(teacher_checkpoint=str(path)))
+
+
+def test_traces_of_closed_loops_alone_are_hushed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    checkpoint._hush_closed_loops.__wrapped__()
+    for message in ("Event loop is closed", "something else"):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(message)))
+    assert [str(each.exc_value) for each in seen] == ["something else"]
 
 
 def test_schedule_is_the_papers():
