@@ -5,14 +5,16 @@ in `best/` and `last/`, and `config.teacher_checkpoint` names. A training state 
 its workdir, by step, beside a checksum.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+import logging as std_logging
 import os
 import shutil
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +55,9 @@ def save_network(path: str | os.PathLike, variables: Any, metadata: Mapping[str,
     # A frozen teacher belongs to one process; in a run of several, the first alone writes, so none waits for another.
     options = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={jax.process_index()})
     options.barrier_sync_key_prefix = f"network_{jax.process_index()}"
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=options) as checkpointer:
-        try:
-            checkpointer.save(fresh / "variables", args=ocp.args.PyTreeSave(variables))
-        except ValueError as error:  # TensorStore's word for a full disk
-            raise OSError(f"{path} cannot be written ({_first_line(error)}); is the disk full?") from error
+    saver = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=options)
+    with saver, _writing(path):
+        saver.save(fresh / "variables", args=ocp.args.PyTreeSave(variables))
     text = json.dumps(dict(metadata) | {"fingerprint": fingerprint(variables)}, indent=2)
     (fresh / "metadata.json").write_text(text + "\n")
     if path.exists():
@@ -120,11 +120,11 @@ def load_network(
 
 
 @functools.cache
-def _hush_closed_loops() -> None:
-    """Keeps traces of "Event loop is closed" off the console, for good.
+def _hush() -> None:
+    """Keeps the traces of what fails beside a first failure off the console, for good.
 
-    Where one of a checkpoint's arrays cannot be read, Orbax gives up and closes its event loop; the reads still under
-    way then fail to report to it, and Python prints a trace for each, on top of the error that matters.
+    Where one of a checkpoint's arrays cannot be read or written, Orbax gives up and closes its event loop; the others
+    then fail to report to it, or are reported by asyncio, by a trace each, on top of the error that matters.
     """
     hook = sys.unraisablehook
 
@@ -133,10 +133,23 @@ def _hush_closed_loops() -> None:
             hook(unraisable)
 
     sys.unraisablehook = hushed
+    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """OSError in place of what TensorStore says of a full disk."""
+    _hush()
+    try:
+        yield
+    except ValueError as error:
+        full = "RESOURCE_EXHAUSTED" in str(error)
+        why = "the disk is full" if full else _first_line(error)
+        raise OSError(f"{path} cannot be written: {why}; make room, and start again: a run goes on") from error
 
 
 def _restore_numpy(path: Path) -> Any:
-    _hush_closed_loops()
+    _hush()
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         if not path.is_dir():
             raise FileNotFoundError("it has no variables/")
@@ -189,9 +202,10 @@ class Checkpoints:
         # A copy, for the CPU backend would hand out its own memory, which the next step donates.
         state = jax.tree.map(lambda x: np.array(x, copy=True), state)
         record = {"progress": dict(progress), "checksum": _checksum(state)}
-        self._manager.save(
-            step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
-        )
+        with _writing(self._folder):  # this one, or the one before it, which was written meanwhile
+            self._manager.save(
+                step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), record=ocp.args.JsonSave(record))
+            )
 
     def steps(self) -> set[int]:
         """The steps of which there is a state."""
@@ -202,7 +216,7 @@ class Checkpoints:
 
         A damaged one is named in the log and set aside as damaged-STEP.
         """
-        _hush_closed_loops()
+        _hush()
         template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
         arguments = ocp.checkpoint_utils.construct_restore_args(template)
         for there in sorted(self.steps(), reverse=True) if step is None else [step]:
@@ -240,4 +254,5 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits until everything is on disk."""
-        self._manager.close()
+        with _writing(self._folder):
+            self._manager.close()

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import types
+import unittest.mock
 
 import jax
 import numpy as np
@@ -327,10 +328,22 @@ def test_damaged_teacher(tiny, teacher, tmp_path, damage):
 def test_traces_of_closed_loops_alone_are_hushed(monkeypatch):
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
-    checkpoint._hush_closed_loops.__wrapped__()
+    checkpoint._hush.__wrapped__()
     for message in ("Event loop is closed", "something else"):
         sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(message)))
     assert [str(each.exc_value) for each in seen] == ["something else"]
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    states = checkpoint.Checkpoints(tmp_path / "states")
+    states.save(1, {"x": np.zeros(3)}, {})
+    words = ValueError('RESOURCE_EXHAUSTED: Error writing "x" in OCDBT database')
+    monkeypatch.setattr(states._manager, "save", unittest.mock.Mock(side_effect=words))
+    with pytest.raises(OSError, match=r"states cannot be written: the disk is full; make room, and start again"):
+        states.save(2, {"x": np.ones(3)}, {})
+    states.close()
+    found, _ = checkpoint.Checkpoints(tmp_path / "states").restore({"x": np.zeros(3)})
+    assert found["x"].tolist() == [0, 0, 0]  # the last good one
 
 
 def test_schedule_is_the_papers():
