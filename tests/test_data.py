@@ -414,6 +414,14 @@ def test_folder_with_splits(tmp_path):
     (tmp_path / "val" / "cat").mkdir()
     with pytest.raises(ValueError, match="val has the classes cat, which are not among those of training"):
         data.load(f"folder:{tmp_path}")
+    (tmp_path / "train" / "cat").mkdir()
+    (tmp_path / "train" / "dog").mkdir()
+    with pytest.raises(
+        ValueError, match="val lacks the classes dog of training; a class without images here is an emp"
+    ):
+        data.load(f"folder:{tmp_path}")
+    (tmp_path / "val" / "dog").mkdir()
+    assert data.load(f"folder:{tmp_path}").num_classes == 4
 
 
 def test_folder_without_splits(tmp_path):

@@ -22,9 +22,7 @@ def load(path: str, image_size: int | None = None) -> Splits:
         raise FileNotFoundError(f"config.dataset='folder:{path}' is no folder; it should hold one sub-folder a class")
     held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     parts = [root / "train", held_out] if held_out and (root / "train").is_dir() else [root]
-    classes = sorted(
-        folder.name for folder in parts[0].iterdir() if folder.is_dir() and not folder.name.startswith(".")
-    )
+    classes = _classes(parts[0])
     files = [_files(part, classes) for part in parts]
     shape = _shape([file for part in files for file, _ in part], image_size)
     splits = [
@@ -35,12 +33,20 @@ def load(path: str, image_size: int | None = None) -> Splits:
     return Splits(train, test, len(classes), *moments(train.images))
 
 
+def _classes(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     """The image files of a folder and their classes, in the order of class and name."""
-    unknown = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name not in classes)
-    unknown = [name for name in unknown if not name.startswith(".")]
-    if unknown:
+    there = _classes(folder)
+    if unknown := sorted(set(there) - set(classes)):
         raise ValueError(f"{folder} has the classes {', '.join(unknown)}, which are not among those of training")
+    if missing := sorted(set(classes) - set(there)):
+        raise ValueError(
+            f"{folder} lacks the classes {', '.join(missing)} of training; a class without images here is "
+            "an empty sub-folder"
+        )
     found = [
         (file, label)
         for label, name in enumerate(classes)
