@@ -168,7 +168,8 @@ def _rank_by_hull(values, eps):
         return values, jnp.zeros_like(values, jnp.int32), jnp.zeros_like(values, jnp.int32)
     ordered = -lax.sort(-values, is_stable=False)
     cut = _cuts(_gaps(ordered, eps) - 1)[..., None, :]
-    start, size = _enclosing(cut, ordered[..., None, 1:] >= values[..., None])
+    below = ordered[..., None, 1:]
+    start, size = _enclosing(cut, below >= values[..., None], below < values[..., None])
     # Differences inside a block, not a difference of means: a common offset of the values costs no precision.
     ahead = values[..., None, :] - values[..., None]
     inside = (start[..., None, :] == start[..., None]) & (values[..., None, :] != values[..., None])
@@ -183,14 +184,17 @@ def _block_mean_by_hull(x, start, size):
 
 def _blocks_by_hull(drops):
     position = jnp.arange(drops.shape[-1] + 1)
-    return _enclosing(_cuts(drops)[..., None, :], position[:-1] < position[:, None])
+    return _enclosing(_cuts(drops)[..., None, :], position[:-1] < position[:, None], position[:-1] >= position[:, None])
 
 
-def _enclosing(cut, above):
-    """(start, size) between the last cut above an entry and the first one not above it; bool [..., n, n - 1], twice."""
+def _enclosing(cut, above, not_above):
+    """(start, size) between the last cut above an entry and the first one not above it; bool [..., n, n - 1] each.
+
+    The two are given apart, for XLA stores what is read twice.
+    """
     k = jnp.arange(1, cut.shape[-1] + 1, dtype=jnp.int32)
     start = jnp.max(jnp.where(cut & above, k, 0), axis=-1, initial=0)
-    end = jnp.min(jnp.where(cut & ~above, k, cut.shape[-1] + 1), axis=-1, initial=cut.shape[-1] + 1)
+    end = jnp.min(jnp.where(cut & not_above, k, cut.shape[-1] + 1), axis=-1, initial=cut.shape[-1] + 1)
     return start, end - start
 
 
