@@ -191,7 +191,8 @@ def test_diverged_run_does_not_stop_the_others(flags, trainer, tmp_path):
             ["--table", "4", "--methods", "reviewkd"],
             "'reviewkd' is not in the tables; they have cross_entropy, kd",
         ),
-        (["--seeds", "0"], "--seeds and --together have to be 1 or more"),
+        (["--seeds", "0"], "--seeds: '0' is not a whole number of 1 or more"),
+        (["--together", "-1"], "--together: '-1' is not a whole number of 1 or more"),
     ],
 )
 def test_wrong_flags_are_named(given, message, capsys):
@@ -281,3 +282,6 @@ def test_given_teacher_is_evaluated(teacher, tiny, tmp_path):
     record = json.loads((tmp_path / "r" / "full" / PAIR / "teacher-seed0.json").read_text())
     assert record["given"] == str(teacher)
     assert record["best"]["top1"] == record["last"]["top1"]
+    planned = planned._replace(given=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"^--teachers=.*nowhere' holds no network"):
+        run.execute([planned], tmp_path / "r", "full")

@@ -14,7 +14,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from rkd_jax import evaluate, experiment, runs, train
+from rkd_jax import _flags, evaluate, experiment, runs, train
 from rkd_jax.report import cells, paper
 
 
@@ -130,7 +130,7 @@ def summarize(group: Sequence[Run]) -> list[dict[str, Any]]:
     """The summaries of a group's runs: trained, or of a network that is there, evaluated."""
     if group[0].given:
         (run,) = group
-        result = evaluate.evaluate(run.config, run.given)
+        result = evaluate.evaluate(run.config, run.given, "--teachers")
         return [{"best": result, "last": result, "given": str(run.given), **train.provenance()}]
     return train_members([(run.config, run.folder) for run in group])
 
@@ -186,17 +186,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m rkd_jax.report.run", description=__doc__.splitlines()[0])
     add_flags(parser)
-    parser.add_argument("--seeds", type=int, default=3, help="this many, from 0")
+    parser.add_argument("--seeds", type=_flags.positive, default=3, help="this many, from 0")
     parser.add_argument("--only", nargs="+", default=(), metavar="PAIR", help="pairs by their configs' names")
     parser.add_argument("--methods", nargs="+", default=(), metavar="METHOD", help="these methods alone, or teacher")
     parser.add_argument("--teachers", type=Path, default=Path("runs/teachers"), help="it holds NAME or NAME/best")
     parser.add_argument("--workdir", type=Path, default=Path("runs/report"), help="where the runs are kept")
-    parser.add_argument("--together", type=int, default=1, help="train up to this many runs of a pair as one")
+    parser.add_argument("--together", type=_flags.positive, default=1, help="train up to this many of a pair as one")
     parser.add_argument("--dry_run", action="store_true", help="print what would be run")
     flags = parser.parse_args(arguments)
     logging.set_verbosity(logging.WARNING)
-    if min(flags.seeds, flags.together) < 1:
-        parser.error("--seeds and --together have to be 1 or more")
     try:
         chosen = cells.select(table_numbers(flags.table), flags.seeds, flags.only, flags.methods)
         planned = plan(chosen, flags.scale, flags.workdir, flags.teachers)
