@@ -167,7 +167,9 @@ def test_interrupted_command_goes_on(flags, trainer, tmp_path, capsys):
     assert trainer.names == ["teacher-seed0", "cross_entropy-seed0", "kd-seed0", "kd-seed0"]
     run.main(flags)
     assert len(trainer.names) == 4
-    assert "3 runs for 3 cells; 0 to be run" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "3 runs for 3 cells; 0 to be run" in out
+    assert f"The results are in {tmp_path / 'r' / 'smoke'}; python -m rkd_jax.report.tables prints" in out
     (tmp_path / "r" / "smoke" / PAIR / "kd-seed0.json").unlink()
     shutil.rmtree(tmp_path / "w")  # with the teacher's network
     run.main(flags)
@@ -249,6 +251,18 @@ def test_results_of_two_teachers_do_not_mix(tmp_path):
     put(tmp_path, "full", cells.Cell(PAIR, "dkd", 0), 73.0, 72.9, teacher="f2")
     with pytest.raises(ValueError, match=r"kd-seed0.json had another teacher"):
         tables.load(tmp_path, "full")
+
+
+def test_damaged_and_absent_results_are_named(tmp_path, capsys):
+    flags = ["--table", "4", "--results", str(tmp_path / "r")]
+    tables.main(flags)
+    assert f"No result of scale full in {tmp_path / 'r'}" in capsys.readouterr().err
+    path = cells.Cell(PAIR, "kd", 0).path(tmp_path / "r", "full")
+    path.parent.mkdir(parents=True)
+    for text, complaint in (('{"pair"', "is damaged"), ('{"pair": "x", "cell": "kd"}', "it lacks best, commit")):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match=rf"kd-seed0.json .*{complaint}.*report.run makes it again"):
+            tables.main(flags)
 
 
 def test_smoke_runs_train_go_on_and_make_a_table(flags, tiny, tmp_path, monkeypatch, capsys):
