@@ -24,7 +24,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from rkd_jax import checkpoint, models, torch_file
+from rkd_jax import _flags, checkpoint, models, torch_file
 from rkd_jax.data import cifar100, tiny_imagenet
 
 # Mean and std of 0..1 by channel, as the teachers' training normalised.
@@ -136,17 +136,24 @@ def _arrays(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
     return found
 
 
-def _under(found: Mapping[str, np.ndarray], name: str, prefix: str | None, label: str) -> dict[str, np.ndarray]:
-    """The arrays behind one prefix, without it: the given one, or that whose keys are nearest to the network's."""
+def _by_prefix(
+    found: Mapping[str, np.ndarray], name: str, prefix: str | None = None
+) -> dict[str, dict[str, np.ndarray]]:
+    """The arrays behind the given prefix, or behind each where a key of the network's follows; without it, by it."""
     expected = _layout(name, 2, 1).keys()
     starts = {key: [0, *(i + 1 for i, letter in enumerate(key) if letter == ".")] for key in found}
     prefixes = {key[:start] for key in found for start in starts[key] if key[start:] in expected}
     if prefix is not None or not prefixes:
         prefixes = {prefix or ""}
-    states = {
+    return {
         start: {key.removeprefix(start): array for key, array in found.items() if key.startswith(start)}
         for start in prefixes
     }
+
+
+def _under(found: Mapping[str, np.ndarray], name: str, prefix: str | None, label: str) -> dict[str, np.ndarray]:
+    """The arrays behind one prefix, without it: the given one, or that whose keys are nearest to the network's."""
+    expected, states = _layout(name, 2, 1).keys(), _by_prefix(found, name, prefix)
     nearest = sorted(states, key=lambda start: (len(states[start].keys() ^ expected), start))
     whole = [start for start in nearest if states[start].keys() == expected]
     if len(whole) > 1:
@@ -192,12 +199,12 @@ def _fitting(found: Mapping[str, Any]) -> list[str]:
     """The networks of this package that the arrays fit, with their class counts."""
     fits = []
     for name in models.names():
-        state = _under(found, name, None, "")
-        if state.keys() == _layout(name, 2, 1).keys():
-            classes, channels = _counts(state, name)
-            if not _differences(state, _layout(name, classes, channels)):
-                fits.append(f"{name} with {classes} classes")
-    return fits
+        for state in _by_prefix(found, name).values():
+            if state.keys() == _layout(name, 2, 1).keys():
+                classes, channels = _counts(state, name)
+                if not _differences(state, _layout(name, classes, channels)):
+                    fits.append(f"{name} with {classes} classes")
+    return list(dict.fromkeys(fits))
 
 
 def _normalisation(args: argparse.Namespace, zoo: bool, num_classes: int, channels: int) -> dict[str, Any]:
@@ -205,6 +212,10 @@ def _normalisation(args: argparse.Namespace, zoo: bool, num_classes: int, channe
     if args.mean is not None or args.std is not None:
         if not len(args.mean or ()) == len(args.std or ()) == channels:
             raise ValueError(f"--mean and --std go together, {channels} numbers each: one for every channel")
+        if not all(0 <= mean <= 1 for mean in args.mean) or not all(0 < std <= 1 for std in args.std):
+            raise ValueError(
+                f"--mean {args.mean} --std {args.std}: give them of pixels of 0..1, not 0..255; a std is above 0"
+            )
         return {"mean": args.mean, "std": args.std, "normalisation": "command line"}
     kind = args.dataset or ("pytorch-cifar-models" if zoo else {100: "cifar100", 200: "tiny_imagenet"}.get(num_classes))
     if kind is None or channels != 3:
@@ -224,8 +235,21 @@ def _is_of_zoo(path: Path, digest: str) -> bool:
     return named is not None
 
 
+def _check_output(output: Path) -> None:
+    """ValueError where --output is there and is anything but a network's folder: what it holds would be lost."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output={str(output)!r} is a file; name a folder")
+    held = {path.name for path in output.iterdir()} if output.exists() else set()
+    if foreign := sorted(held - {"metadata.json", "variables", "evaluation.json"}):
+        raise ValueError(
+            f"--output={str(output)!r} holds {foreign[0]!r}, which would be lost; name a new folder, say "
+            f"{str(output / 'network')!r}"
+        )
+
+
 def _to_folder(args: argparse.Namespace) -> str:
     """A PyTorch file to a network's folder; returns what to print."""
+    _check_output(Path(args.output))
     path = Path(args.checkpoint)
     found = _arrays(_read(path))
     if args.model is None:
@@ -256,6 +280,11 @@ def _to_folder(args: argparse.Namespace) -> str:
 
 def _to_file(args: argparse.Namespace) -> str:
     """A network's folder to a file for PyTorch; returns what to print."""
+    for flag in ("dataset", "mean", "std", "prefix"):
+        if getattr(args, flag) is not None:
+            raise ValueError(
+                f"--{flag} is for a PyTorch file; --checkpoint={args.checkpoint!r} is a folder: leave it out"
+            )
     variables, metadata = checkpoint.load_network(args.checkpoint, args.model, args.num_classes, field="--checkpoint")
     name = models.resolve(metadata["network"], args.image_size or metadata.get("image_size"), field="--checkpoint")
     state = to_torch(variables, name, metadata["num_classes"])
@@ -280,18 +309,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="PyTorch or safetensors file; a folder converts back")
     parser.add_argument("--output", required=True, help="folder to write; converting back: .pth, .pt or .safetensors")
     parser.add_argument("--model", help=f"network: {', '.join(models.names())}")
-    parser.add_argument("--num_classes", type=int, help="default: as the file's classifier says")
+    parser.add_argument("--num_classes", type=_flags.positive, help="default: as the file's classifier says")
     parser.add_argument(
         "--dataset", choices=NORMALISATION, help="how training normalised; default: by file and classes"
     )
     parser.add_argument("--mean", type=float, nargs="+", help="of 0..1, by channel, in place of --dataset's")
     parser.add_argument("--std", type=float, nargs="+", help="of 0..1, by channel, in place of --dataset's")
-    parser.add_argument("--image_size", type=int, help="side in pixels; 64 with MobileNetV2: its 64x64 form")
+    parser.add_argument("--image_size", type=_flags.positive, help="in pixels; 64 with MobileNetV2: its 64x64 form")
     parser.add_argument("--prefix", help="what precedes the keys, in a file of several networks: module.teacher.")
     args = parser.parse_args(argv)
     try:
         print(_to_file(args) if Path(args.checkpoint).is_dir() else _to_folder(args))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
 
 

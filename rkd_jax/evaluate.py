@@ -1,6 +1,5 @@
 """Restores networks from disk and reports their accuracy."""
 
-import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import jax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from rkd_jax import checkpoint, experiment, models, steps, train
+from rkd_jax import checkpoint, data, experiment, models, steps, train
 from rkd_jax.data import augment
 
 
@@ -40,8 +39,16 @@ def restore(
     return Restored(network, variables, steps.Normalization(tuple(metadata["mean"]), tuple(metadata["std"])), metadata)
 
 
-def evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str, Any]:
-    """Accuracy of one network folder on the config's test set.
+def load_splits(dataset: str, data_dir: str, side: int | None) -> data.Splits:
+    """A data set by name; of one whose images can be had in any size, those of the side that a network takes."""
+    splits = data.load(dataset, data_dir)
+    if side is None or side == splits.test.images.shape[1] or ":" not in dataset:
+        return splits
+    return data.load(dataset, data_dir, image_size=side)
+
+
+def evaluate(config: ConfigDict, path: str | os.PathLike, field: str = "--workdir") -> dict[str, Any]:
+    """Accuracy of one network folder on the config's test set; `field` named the folder, for the errors.
 
     The network is the one that the folder names, with its own normalisation; of the config, only the fields about the
     data and `eval_batch_size` are read. Returns {"network", "parameters", "step" (None: not trained here), "top1",
@@ -49,7 +56,7 @@ def evaluate(config: ConfigDict, path: str | os.PathLike) -> dict[str, Any]:
     """
     fields = experiment.Fields(experiment.shrink(config))
     splits = experiment.load_splits(fields)
-    network, variables, normalization, metadata = restore(path, splits.test.images.shape[1:], splits.num_classes)
+    network, variables, normalization, metadata = restore(path, splits.test.images.shape[1:], splits.num_classes, field)
     eval_step = steps.make_eval_step(network, normalization)
     result = steps.evaluate(eval_step, variables, *splits.test, fields.at_least("eval_batch_size", 1))
     return {
@@ -91,8 +98,9 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]]:
             f"{path}: {result['network']}, {step}top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % "
             f"({result['images']:,} test images)"
         )
-    with contextlib.suppress(PermissionError):  # a shared teacher may be read-only
-        (workdir / "evaluation.json").write_text(
-            json.dumps({"results": results, **train.provenance()}, indent=2) + "\n"
-        )
+    record = json.dumps({"results": results, **train.provenance()}, indent=2)
+    try:
+        (workdir / "evaluation.json").write_text(record + "\n")
+    except OSError as error:  # a shared teacher may be read-only
+        print(f"not written: {error}")
     return results

@@ -24,9 +24,9 @@ import platform
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -34,12 +34,13 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from rkd_jax import checkpoint, convert, data, evaluate, models, torch_file, train
+from rkd_jax import _flags, checkpoint, convert, evaluate, models, torch_file, train
 from rkd_jax.models import _conv
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4  # of the logits
 DTYPES = {"uint8": jnp.uint8, "normalized": jnp.float32}
+DEVICE = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
 Predict = Callable[[np.ndarray], np.ndarray]  # images [B, H, W, K] -> logits [B, C]
 
 
@@ -119,7 +120,7 @@ def to_torch(export: Export, path: Path) -> Predict:
 
 def to_tflite(export: Export, path: Path) -> Predict:
     """A flat buffer of TensorFlow Lite's builtin operations."""
-    (tf,) = _import("tflite", "tensorflow-cpu", "tensorflow")
+    (tf,) = _import("tflite")
     from jax.experimental import jax2tf
 
     tf.config.set_visible_devices([], "GPU")
@@ -151,7 +152,7 @@ def to_tflite(export: Export, path: Path) -> Predict:
 
 def to_onnx(export: Export, path: Path) -> Predict:
     """An ONNX graph, by jax2onnx."""
-    jax2onnx, runtime = _import("onnx", "jax2onnx onnxruntime", "jax2onnx", "onnxruntime")
+    jax2onnx, runtime = _import("onnx")
     spec = jax.ShapeDtypeStruct((export.batch or "batch", *export.shape), export.dtype)
     names = {"input_names": ["images"], "output_names": ["logits"]}
     with mock.patch("jax.lax.platform_dependent", _on_cpu):  # which jax2onnx 0.17 does not know
@@ -165,19 +166,30 @@ def _on_cpu(*args: Any, default: Callable | None = None, **branches: Callable) -
     return branches.get("cpu", default)(*args)
 
 
+class Format(NamedTuple):
+    """A kind of file."""
+
+    write: Callable[[Export, Path], Predict]
+    file: str
+    packages: Mapping[str, str] = {}  # the modules that it needs, by the names to install them by
+
+
 FORMATS = {
-    "jax": (to_jax, "network.jaxexport"),
-    "torch": (to_torch, "network.pth"),
-    "tflite": (to_tflite, "network.tflite"),
-    "onnx": (to_onnx, "network.onnx"),
+    "jax": Format(to_jax, "network.jaxexport"),
+    "torch": Format(to_torch, "network.pth"),
+    "tflite": Format(to_tflite, "network.tflite", {"tensorflow-cpu": "tensorflow"}),
+    "onnx": Format(to_onnx, "network.onnx", {"jax2onnx": "jax2onnx", "onnxruntime": "onnxruntime"}),
 }
 
 
-def _import(kind: str, packages: str, *modules: str) -> list[Any]:
+def _import(kind: str) -> list[Any]:
+    """The modules that a format needs; ImportError that says what to install."""
+    packages = FORMATS[kind].packages
     try:
-        return [importlib.import_module(module) for module in modules]
+        return [importlib.import_module(module) for module in packages.values()]
     except ImportError as error:
-        raise ImportError(f"--formats {kind} needs {packages}: pip install {packages} ({error})") from error
+        names = " ".join(packages)
+        raise ImportError(f"--formats {kind} needs {names}: pip install {names} ({error})") from error
 
 
 # The command.
@@ -203,7 +215,7 @@ def latency(predict: Predict, images: np.ndarray, repeats: int = 20) -> float:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Writes and checks the files of one network."""
+    """Writes and checks the files of one network; what is wrong with the flags is said before the first."""
     metadata = checkpoint.read_metadata(args.folder, "FOLDER")
     side = args.image_size or metadata.get("image_size")
     if side is None:
@@ -211,40 +223,63 @@ def run(args: argparse.Namespace) -> None:
             "--image_size is missing, and the network's metadata lacks it; give the images' side in pixels"
         )
     shape = (side, side, len(metadata["mean"]))
+    formats = args.formats or (["jax"] if ":" in metadata["network"] else ["jax", "torch"])
+    for kind in formats:
+        _import(kind)
     export = Export(evaluate.restore(args.folder, shape, field="FOLDER"), shape, args.batch, args.images)
     pixels = _images(args, shape)
-    formats = args.formats or (["jax"] if ":" in metadata["network"] else ["jax", "torch"])
     args.output.mkdir(parents=True, exist_ok=True)
-    device, files = f"CPU ({platform.machine()}, {os.cpu_count()} cores)", {}
+    facts = export.signature() | {"platforms of network.jaxexport": PLATFORMS}
+    facts["fingerprint"] = metadata.get("fingerprint")
+    path = args.output / "network.json"
+    files = _described(path, facts)
     for kind in formats:
-        write, name = FORMATS[kind]
-        try:
-            predict = write(export, args.output / name)
-        except (ImportError, OSError):
-            raise
-        except Exception as error:  # what others' converters raise is of any kind
-            raise ValueError(
-                f"--formats {kind}: {metadata['network']} cannot be converted ({type(error).__name__}: "
-                f"{str(error)[:200]}); try --batch 1, or leave {kind} out"
-            ) from error
-        record = files[name] = {"bytes": (args.output / name).stat().st_size}
-        record["max_abs_difference"] = {what: verify(export, predict, some) for what, some in pixels.items()}
-        print(f"{args.output / name}: {record['bytes']:,} bytes")
-        for what, difference in record["max_abs_difference"].items():
-            print(f"  largest difference of the logits from Flax's, {what}: {difference:.1e}")
-            if not difference <= TOLERANCE:
-                (args.output / name).unlink()
-                raise ValueError(f"--formats {kind}: the logits of {name} are not the network's; it was removed")
-        if kind == "torch":
-            continue  # read back into Flax: its speed would not be PyTorch's
-        record["milliseconds"] = {}
-        for size in (1, 64) if export.batch is None else (export.batch,):
-            images = export.example(np.resize(pixels["random images"], (size, *shape)))
-            record["milliseconds"][str(size)] = milliseconds = round(latency(predict, images), 3)
-            print(f"  batch {size}: {milliseconds:.2f} ms, median, {device}")
-    record = export.signature() | {"platforms of network.jaxexport": PLATFORMS, "files": files}
-    record |= {"fingerprint": metadata.get("fingerprint"), **train.provenance(), "device": device}
-    (args.output / "network.json").write_text(json.dumps(record, indent=1) + "\n")
+        name = FORMATS[kind].file
+        files.pop(name, None)
+        files[name] = write(export, kind, args.output / name, pixels) | train.provenance() | {"device": DEVICE}
+        path.write_text(json.dumps(facts | {"files": files}, indent=1) + "\n")
+
+
+def _described(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The files of a network.json that is there, where it is of the same network, input and output; else {}."""
+    try:
+        there = json.loads(path.read_text())
+        files = there.pop("files")
+    except (FileNotFoundError, ValueError, KeyError):
+        return {}
+    return files if there == json.loads(json.dumps(facts)) else {}
+
+
+def write(export: Export, kind: str, path: Path, pixels: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Writes and checks a file on uint8 images, by what they are; returns and prints what was measured of it.
+
+    ValueError where the network cannot be converted, or where the logits differ, and the file is removed.
+    """
+    try:
+        predict = FORMATS[kind].write(export, path)
+    except OSError:
+        raise
+    except Exception as error:  # what others' converters raise is of any kind
+        raise ValueError(
+            f"--formats {kind}: {export.network.metadata['network']} cannot be converted ({type(error).__name__}: "
+            f"{str(error)[:200]}); try --batch 1, or leave {kind} out"
+        ) from error
+    record = {"bytes": path.stat().st_size, "max_abs_difference": {}}
+    print(f"{path}: {record['bytes']:,} bytes")
+    for what, some in pixels.items():
+        record["max_abs_difference"][what] = difference = verify(export, predict, some)
+        print(f"  largest difference of the logits from Flax's, {what}: {difference:.1e}")
+        if not difference <= TOLERANCE:
+            path.unlink()
+            raise ValueError(f"--formats {kind}: the logits of {path.name} are not the network's; it was removed")
+    if kind == "torch":
+        return record  # read back into Flax: its speed would not be PyTorch's
+    record["milliseconds"] = {}
+    for size in (1, 64) if export.batch is None else (export.batch,):
+        images = export.example(np.resize(pixels["random images"], (size, *export.shape)))
+        record["milliseconds"][str(size)] = milliseconds = round(latency(predict, images), 3)
+        print(f"  batch {size}: {milliseconds:.2f} ms, median, {DEVICE}")
+    return record
 
 
 def _images(args: argparse.Namespace, shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
@@ -252,7 +287,7 @@ def _images(args: argparse.Namespace, shape: tuple[int, int, int]) -> dict[str, 
     count = args.batch or 64
     found = {"random images": np.random.default_rng(0).integers(0, 256, (count, *shape), np.uint8)}
     if args.dataset:
-        test = data.load(args.dataset, args.data_dir).test.images
+        test = evaluate.load_splits(args.dataset, args.data_dir, shape[0]).test.images
         if test.shape[1:] != shape:
             raise ValueError(f"--dataset={args.dataset} has images of {test.shape[1:]}, the network takes {shape}")
         found[f"test images of {args.dataset}"] = np.resize(test[:count], (count, *shape))
@@ -260,9 +295,7 @@ def _images(args: argparse.Namespace, shape: tuple[int, int, int]) -> dict[str, 
 
 
 def _batch(text: str) -> int | None:
-    if text != "dynamic" and not (text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of images nor 'dynamic'")
-    return None if text == "dynamic" else int(text)
+    return None if text == "dynamic" else _flags.positive(text)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -275,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, help="default: jax and torch")
     parser.add_argument("--batch", type=_batch, default=None, metavar="N|dynamic", help="default: dynamic, any size")
     parser.add_argument("--images", choices=DTYPES, default="uint8", help="normalised in the graph, or before it")
-    parser.add_argument("--image_size", type=int, help="side in pixels; default: as in training")
+    parser.add_argument("--image_size", type=_flags.positive, help="side in pixels; default: as in training")
     parser.add_argument("--dataset", default="", help="compare on its test images, too")
     parser.add_argument("--data_dir", default="", help="TFDS's folder; default: as in training")
     args = parser.parse_args(argv)

@@ -120,7 +120,7 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
     experiment.create_method(config)  # what is wrong about the last run is said before the first
     models.resolve(config.student)
     if config.teacher_checkpoint:
-        result = evaluate.evaluate(config, config.teacher_checkpoint)
+        result = evaluate.evaluate(config, config.teacher_checkpoint, "config.teacher_checkpoint")
         rows.append({"role": "teacher", "network": result["network"], "method": "as given", "last": result, **result})
     else:
         summary = train.train_and_evaluate(experiment.alone(config, config.teacher), workdir / "teacher")

@@ -339,15 +339,59 @@ def test_command_takes_the_normalisation(tmp_path, capsys):
         (["--model", "resnet8", "--mean", "0.5"], "--mean and --std go together, 3 numbers each"),
         ([], "--model is missing; x.pth holds resnet8 with 7 classes"),
         (["--model", "resnet8", "--num_classes", "100"], "It holds resnet8 with 7 classes"),
+        (["--model", "resnet8", "--num_classes", "0"], "--num_classes: '0' is not a whole number of 1 or more"),
+        (["--model", "resnet8", "--image_size", "-1"], "--image_size: '-1' is not a whole number of 1 or more"),
+        (["--model", "resnet8", "--mean", *"123", "--std", *"111"], "give them of pixels of 0..1, not 0..255"),
+        (["--model", "resnet8", "--mean", *"000", "--std", *"110"], "a std is above 0"),
     ],
 )
 def test_command_says_what_is_wrong(tmp_path, capsys, flags, complaint):
     path = save(state_dict("resnet8", 7), tmp_path / "x.pth")
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit):
         command(capsys, *flags, "--checkpoint", path, "--output", tmp_path / "folder")
-    assert stop.value.code == 1
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "folder").exists()
+
+
+def test_command_replaces_networks_alone(tmp_path, capsys):
+    flags = ["--model", "resnet8", "--checkpoint", save(state_dict("resnet8", 100), tmp_path / "x.pth")]
+    kept = tmp_path / "runs" / "kept" / "metrics.jsonl"
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    for output, complaint in ((tmp_path / "runs", "holds 'kept', which would be lost"), (kept, "is a file")):
+        with pytest.raises(SystemExit):
+            command(capsys, *flags, "--output", output)
+        assert complaint in capsys.readouterr().err
+        assert kept.is_file()
+    for _ in range(2):
+        command(capsys, *flags, "--output", tmp_path / "runs" / "network")
+    assert kept.is_file()
+
+
+def test_converting_back_says_what_is_wrong(tmp_path, capsys):
+    path = save(state_dict("resnet8", 100), tmp_path / "x.pth")
+    command(capsys, "--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "folder")
+    (tmp_path / "taken.pth").mkdir()
+    for output, flags, complaint in (
+        ("taken.pth", [], "Is a directory"),
+        ("back.pth", ["--mean", "0.5"], "--mean is for a PyTorch file"),
+        ("back.bin", [], "end it in .pth, .pt or .safetensors"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            command(capsys, "--checkpoint", tmp_path / "folder", "--output", tmp_path / output, *flags)
+        assert stop.value.code == 1
+        assert complaint in capsys.readouterr().err
+
+
+def test_command_names_what_a_file_of_two_holds(tmp_path, capsys):
+    state = state_dict("resnet8", 100)
+    path = save({"student": state, "teacher": state}, tmp_path / "two.pth")
+    for flags in ([], ["--model", "resnet20"]):
+        with pytest.raises(SystemExit):
+            command(capsys, *flags, "--checkpoint", path, "--output", tmp_path / "folder")
+        message = capsys.readouterr().err
+        assert "two.pth" in message
+        assert "holds resnet8 with 100 classes" in message
 
 
 def test_command_checks_the_checksum_in_a_files_name(tmp_path, capsys):

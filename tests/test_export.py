@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from flax import linen as nn
+from PIL import Image
 
 from rkd_jax import checkpoint, data, evaluate, export, models
 
@@ -158,7 +159,7 @@ def test_a_converter_that_fails_is_named(network, tmp_path, monkeypatch):
     def fails(export, path):
         raise NotImplementedError("no such operation")
 
-    monkeypatch.setitem(export.FORMATS, "onnx", (fails, "network.onnx"))
+    monkeypatch.setitem(export.FORMATS, "onnx", export.Format(fails, "network.onnx"))
     with pytest.raises(
         SystemExit, match=r"--formats onnx: resnet8 cannot be converted .*no such operation.*leave onnx"
     ):
@@ -178,17 +179,42 @@ def test_real_images(teacher, tmp_path, capsys):
         (["{teacher}"], "--image_size is missing"),
         (["{teacher}", "--image_size", "16", "--dataset", "digits"], "--dataset=digits has images of"),
         (["nowhere"], "FOLDER='nowhere' holds no network"),
+        (["{teacher}", "--image_size", "0"], "--image_size: '0' is not a whole number of 1 or more"),
+        (["{teacher}", "--batch", "-1"], "--batch: '-1' is not a whole number of 1 or more"),
     ],
 )
-def test_errors_name_the_flag(arguments, message, teacher, tmp_path):
-    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+def test_errors_name_the_flag(arguments, message, teacher, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
         export.main([*(argument.format(teacher=teacher) for argument in arguments), "--output", str(tmp_path)])
+    assert re.search(f"error: .*{message}", f"{stop.value} {capsys.readouterr().err}")
 
 
 def test_a_format_whose_package_is_absent_names_it(network, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(SystemExit, match="pip install jax2onnx onnxruntime"):
-        export.main([str(network), "--output", str(tmp_path), "--formats", "onnx"])
+        export.main([str(network), "--output", str(tmp_path), "--formats", "jax", "onnx"])
+    assert not list(tmp_path.iterdir())  # it is said before the first format is written
+
+
+def test_every_file_that_is_there_is_described(network, tmp_path):
+    for kind in ("jax", "torch"):
+        export.main([str(network), "--output", str(tmp_path), "--formats", kind])
+    files = json.loads((tmp_path / "network.json").read_text())["files"]
+    assert [*files] == ["network.jaxexport", "network.pth"]
+    assert all(file["device"] and file["date"] for file in files.values())
+    export.main([str(network), "--output", str(tmp_path), "--formats", "torch", "--batch", "2"])  # another input
+    assert [*json.loads((tmp_path / "network.json").read_text())["files"]] == ["network.pth"]
+
+
+def test_images_of_a_folder_come_in_the_networks_size(network, tmp_path, capsys):
+    for label in range(12):
+        (tmp_path / "images" / f"{label:02}").mkdir(parents=True)
+        for i in range(10):
+            pixels = np.random.default_rng(i).integers(0, 256, (20, 20, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / f"{label:02}" / f"{i}.png")
+    dataset = f"folder:{tmp_path / 'images'}"
+    export.main([str(network), "--output", str(tmp_path / "out"), "--formats", "jax", "--dataset", dataset])
+    assert f"test images of {dataset}" in capsys.readouterr().out
 
 
 def test_wrong_logits_are_an_error_and_leave_no_file(network, tmp_path, monkeypatch):
@@ -196,7 +222,7 @@ def test_wrong_logits_are_an_error_and_leave_no_file(network, tmp_path, monkeypa
         path.write_text("")
         return lambda images: np.full((len(images), 12), np.nan)
 
-    monkeypatch.setitem(export.FORMATS, "jax", (wrong, "network.jaxexport"))
+    monkeypatch.setitem(export.FORMATS, "jax", export.Format(wrong, "network.jaxexport"))
     with pytest.raises(SystemExit, match="are not the network's"):
         export.main([str(network), "--output", str(tmp_path), "--formats", "jax"])
     assert not list(tmp_path.iterdir())

@@ -424,3 +424,19 @@ def test_command_prints_the_table(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["network", "resnet8", "MobileNetV2_64x64"]
     assert lines[2].split()[1] == "2,497,480"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["no_module:net"], "NAME='no_module:net' cannot be imported"),
+        (["resnet8", "--image_size", "0"], "--image_size: '0' is not a whole number of 1 or more"),
+        (["resnet8", "--num_classes", "-1"], "--num_classes: '-1' is not a whole number of 1 or more"),
+    ],
+)
+def test_command_says_what_is_wrong(arguments, complaint, capsys):
+    with pytest.raises(SystemExit):
+        table.main(arguments)
+    printed = capsys.readouterr()
+    assert complaint in printed.err
+    assert not printed.out

@@ -167,7 +167,9 @@ def test_interrupted_command_goes_on(flags, trainer, tmp_path, capsys):
     assert trainer.names == ["teacher-seed0", "cross_entropy-seed0", "kd-seed0", "kd-seed0"]
     run.main(flags)
     assert len(trainer.names) == 4
-    assert "3 runs for 3 cells; 0 to be run" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "3 runs for 3 cells; 0 to be run" in out
+    assert f"The results are in {tmp_path / 'r' / 'smoke'}; python -m rkd_jax.report.tables prints" in out
     (tmp_path / "r" / "smoke" / PAIR / "kd-seed0.json").unlink()
     shutil.rmtree(tmp_path / "w")  # with the teacher's network
     run.main(flags)
@@ -191,7 +193,8 @@ def test_diverged_run_does_not_stop_the_others(flags, trainer, tmp_path):
             ["--table", "4", "--methods", "reviewkd"],
             "'reviewkd' is not in the tables; they have cross_entropy, kd",
         ),
-        (["--seeds", "0"], "--seeds and --together have to be 1 or more"),
+        (["--seeds", "0"], "--seeds: '0' is not a whole number of 1 or more"),
+        (["--together", "-1"], "--together: '-1' is not a whole number of 1 or more"),
     ],
 )
 def test_wrong_flags_are_named(given, message, capsys):
@@ -250,6 +253,18 @@ def test_results_of_two_teachers_do_not_mix(tmp_path):
         tables.load(tmp_path, "full")
 
 
+def test_damaged_and_absent_results_are_named(tmp_path, capsys):
+    flags = ["--table", "4", "--results", str(tmp_path / "r")]
+    tables.main(flags)
+    assert f"No result of scale full in {tmp_path / 'r'}" in capsys.readouterr().err
+    path = cells.Cell(PAIR, "kd", 0).path(tmp_path / "r", "full")
+    path.parent.mkdir(parents=True)
+    for text, complaint in (('{"pair"', "is damaged"), ('{"pair": "x", "cell": "kd"}', "it lacks best, commit")):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match=rf"kd-seed0.json .*{complaint}.*report.run makes it again"):
+            tables.main(flags)
+
+
 def test_smoke_runs_train_go_on_and_make_a_table(flags, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("configs.digits.get_config", tiny)
     small = {"num_train": 64, "num_steps": 4, "eval_epochs": 0.25, "views": "weak"}
@@ -281,3 +296,6 @@ def test_given_teacher_is_evaluated(teacher, tiny, tmp_path):
     record = json.loads((tmp_path / "r" / "full" / PAIR / "teacher-seed0.json").read_text())
     assert record["given"] == str(teacher)
     assert record["best"]["top1"] == record["last"]["top1"]
+    planned = planned._replace(given=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"^--teachers=.*nowhere' holds no network"):
+        run.execute([planned], tmp_path / "r", "full")

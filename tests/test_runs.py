@@ -1,6 +1,8 @@
 """What one command runs: comparisons, chains, data and networks of one's own; and training without TensorFlow."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -51,6 +53,17 @@ def test_comparison_evaluates_a_given_teacher(tiny, tmp_path):
     rows = runs.compare(tiny(compare=True, num_steps=2), tmp_path / "run")
     assert rows[0]["method"] == "as given"
     assert 0 <= rows[0]["last"]["top1"] <= 100
+
+
+def test_evaluation_names_the_field_and_says_what_it_cannot_write(tiny, teacher, tmp_path, capsys):
+    shutil.copytree(teacher, tmp_path / "network")
+    (tmp_path / "network" / "evaluation.json").mkdir()  # not to be written, as in a folder that is read-only
+    assert len(evaluate.run(tiny(), tmp_path / "network")) == 1
+    assert re.search(r"not written: .*evaluation\.json", capsys.readouterr().out)
+    metadata = json.loads((tmp_path / "network" / "metadata.json").read_text())
+    (tmp_path / "network" / "metadata.json").write_text(json.dumps(metadata | {"num_classes": 100}))
+    with pytest.raises(ValueError, match=r"^config.teacher_checkpoint=.* was trained on 100 classes"):
+        runs.compare(tiny(compare=True, teacher_checkpoint=str(tmp_path / "network")), tmp_path / "run")
 
 
 def test_takd_goes_through_its_assistants(tiny, tmp_path):

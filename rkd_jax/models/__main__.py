@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rkd_jax import models
+from rkd_jax import _flags, models
 from rkd_jax.models import _conv
 
 
@@ -33,8 +33,8 @@ class Row(NamedTuple):
 
 
 def describe(name: str, num_classes: int = 100, image_size: int = 32) -> Row:
-    """A network's parameters, costs and shapes, for one RGB image; nothing is computed."""
-    model = models.create(name, num_classes, image_size=image_size)
+    """A network's parameters, costs and shapes, for one RGB image; nothing is computed. ValueError as of `create`."""
+    model = models.create(name, num_classes, image_size=image_size, field="NAME")
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     macs = []
@@ -65,16 +65,17 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m rkd_jax.models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: every network")
-    parser.add_argument("--num_classes", type=int, default=100)
-    parser.add_argument("--image_size", type=int, default=32, help="side in pixels")
+    parser.add_argument("--num_classes", type=_flags.positive, default=100)
+    parser.add_argument("--image_size", type=_flags.positive, default=32, help="side in pixels")
     args = parser.parse_args(argv)
+    header = f"{'network':18} {'parameters':>10} {'MMACs':>8} {'XLA':>8} {'embedding':>9}  features, channels@side"
     try:
         names = [models.resolve(name, args.image_size, field="NAME") for name in args.names or models.names()]
+        for i, name in enumerate(dict.fromkeys(names)):
+            row = describe(name, args.num_classes, args.image_size)
+            print(row if i else f"{header}\n{row}", flush=True)
     except ValueError as error:
         parser.exit(1, f"error: {error}\n")
-    print(f"{'network':18} {'parameters':>10} {'MMACs':>8} {'XLA':>8} {'embedding':>9}  features, channels@side")
-    for name in dict.fromkeys(names):
-        print(describe(name, args.num_classes, args.image_size), flush=True)
 
 
 if __name__ == "__main__":

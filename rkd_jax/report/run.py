@@ -14,7 +14,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from rkd_jax import evaluate, experiment, runs, train
+from rkd_jax import _flags, evaluate, experiment, runs, train
 from rkd_jax.report import cells, paper
 
 
@@ -130,7 +130,7 @@ def summarize(group: Sequence[Run]) -> list[dict[str, Any]]:
     """The summaries of a group's runs: trained, or of a network that is there, evaluated."""
     if group[0].given:
         (run,) = group
-        result = evaluate.evaluate(run.config, run.given)
+        result = evaluate.evaluate(run.config, run.given, "--teachers")
         return [{"best": result, "last": result, "given": str(run.given), **train.provenance()}]
     return train_members([(run.config, run.folder) for run in group])
 
@@ -172,9 +172,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that the tables have too."""
     numbers = sorted({table.number for table in paper.TABLES})
     choices = (*map(str, numbers), "all")
-    parser.add_argument("--table", nargs="+", choices=choices, default=["all"], help="the paper's tables")
-    parser.add_argument("--scale", choices=tuple(cells.SCALES), default="full", help="how large the runs are")
-    parser.add_argument("--results", type=Path, default=Path("results/tables"), help="where the results are")
+    parser.add_argument("--table", nargs="+", choices=choices, default=["all"], help="the paper's; default: all")
+    parser.add_argument("--scale", choices=tuple(cells.SCALES), default="full", help="docs/tables.md; default: full")
+    parser.add_argument(
+        "--results", type=Path, default="results/tables", help="where the results are; default: results/tables"
+    )
 
 
 def table_numbers(given: Sequence[str]) -> list[int]:
@@ -184,25 +186,30 @@ def table_numbers(given: Sequence[str]) -> list[int]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m rkd_jax.report.run", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m rkd_jax.report.run", description=__doc__)
     add_flags(parser)
-    parser.add_argument("--seeds", type=int, default=3, help="this many, from 0")
+    parser.add_argument("--seeds", type=_flags.positive, default=3, help="this many, from 0; default: 3")
     parser.add_argument("--only", nargs="+", default=(), metavar="PAIR", help="pairs by their configs' names")
     parser.add_argument("--methods", nargs="+", default=(), metavar="METHOD", help="these methods alone, or teacher")
-    parser.add_argument("--teachers", type=Path, default=Path("runs/teachers"), help="it holds NAME or NAME/best")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/report"), help="where the runs are kept")
-    parser.add_argument("--together", type=int, default=1, help="train up to this many runs of a pair as one")
+    parser.add_argument(
+        "--teachers", type=Path, default="runs/teachers", help="NAME or NAME/best; default: runs/teachers"
+    )
+    parser.add_argument(
+        "--workdir", type=Path, default="runs/report", help="where the runs are kept; default: runs/report"
+    )
+    parser.add_argument("--together", type=_flags.positive, default=1, help="train up to this many of a pair as one")
     parser.add_argument("--dry_run", action="store_true", help="print what would be run")
     flags = parser.parse_args(arguments)
     logging.set_verbosity(logging.WARNING)
-    if min(flags.seeds, flags.together) < 1:
-        parser.error("--seeds and --together have to be 1 or more")
     try:
         chosen = cells.select(table_numbers(flags.table), flags.seeds, flags.only, flags.methods)
         planned = plan(chosen, flags.scale, flags.workdir, flags.teachers)
         todo = missing(planned, flags.results, flags.scale)
         print(describe(planned, todo, flags.scale), flush=True)
-        errors = [] if flags.dry_run else execute(todo, flags.results, flags.scale, flags.together)
+        if flags.dry_run:
+            return
+        errors = execute(todo, flags.results, flags.scale, flags.together)
+        print(f"\nThe results are in {flags.results / flags.scale}; python -m rkd_jax.report.tables prints the tables")
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")
     if errors:

@@ -22,11 +22,11 @@ DIFFERENCE = " *Difference*: our best minus the paper's number."
 
 
 def load(results: Path, scale: str) -> Found:
-    """The results of a scale; ValueError where those of one pair had different teachers."""
+    """The results of a scale; ValueError for a damaged one, and where those of one pair had different teachers."""
     found: Found = {}
     fingerprints: dict[str, str] = {}
     for path in sorted((results / scale).glob("*/*.json")):
-        result = json.loads(path.read_text())
+        result = _read(path)
         found.setdefault((result["pair"], result["cell"]), []).append(result)
         config = result.get("config", {})
         teacher = config.get("teacher_fingerprint")
@@ -35,6 +35,16 @@ def load(results: Path, scale: str) -> Found:
         if fingerprints.setdefault(result["pair"], teacher) != teacher:
             raise ValueError(f"{path} had another teacher than the pair's other results; remove the older of them")
     return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text())
+        if missing := {"pair", "cell", "best", "last", "commit", "versions", "device", "date"} - set(result):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return result
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and report.run makes it again") from error
 
 
 def markdown(numbers: Collection[int], scale: str, found: Found) -> str:
@@ -127,7 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="write the Markdown here, too")
     flags = parser.parse_args(arguments)
     try:
-        text = markdown(run.table_numbers(flags.table), flags.scale, load(flags.results, flags.scale))
+        if not (found := load(flags.results, flags.scale)):
+            print(f"No result of scale {flags.scale} in {flags.results}: the paper's numbers alone.", file=sys.stderr)
+        text = markdown(run.table_numbers(flags.table), flags.scale, found)
         if flags.output:
             flags.output.parent.mkdir(parents=True, exist_ok=True)
             flags.output.write_text(text)
