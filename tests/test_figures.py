@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from rkd_jax import checkpoint, data
 from rkd_jax.report import figures
@@ -103,6 +104,53 @@ def test_logit_difference_figure(teacher, student, tmp_path):
 
 def test_tsne(student, tmp_path):
     draw(tmp_path, "tsne", "--networks", f"S={student}", "--classes", 1, 4, 7, "--num_images", 30)
+    assert len({(*figures._look(i).values(),) for i in range(100)}) == 100
+
+
+def drawn(*arguments):
+    """A figure, laid out as it is written, and what of its headline and legends lies outside of it."""
+    args = figures.parse(list(map(str, arguments)))
+    figure = figures.FIGURES[args.figure](args)
+    figure.draw_without_rendering()
+    around = [artist.get_window_extent() for artist in (figure._suptitle, *figure.legends) if artist]
+    return figure, [box for box in around if box.x0 < 0 or box.y0 < 0 or box.x1 > figure.bbox.x1]
+
+
+def test_headlines_and_legends_stay_inside(student, tmp_path):
+    runs = [run(tmp_path / f"lam={lam},seed=0") for lam in range(8)]
+    assert drawn("curves", "--runs", *runs)[1] == []
+    assert drawn("tsne", "--networks", student, "--num_images", 20)[1] == []
+    assert drawn("logit_difference", "--teacher", student, "--students", student)[1] == []
+    long = {"dataset": "tiny_imagenet", "teacher": "ResNet18", "student": "MobileNetV2_64x64"}
+    assert drawn("lambda", "--runs", run(tmp_path / "long", **long))[1] == []
+
+
+def test_best_is_seen_where_it_equals_the_last(tmp_path):
+    figure, _ = drawn("lambda", "--runs", run(tmp_path / "a"), run(tmp_path / "b", lam=1.0))
+    best, last = figure.axes[0].lines
+    assert best.get_markersize() > last.get_markersize()
+    assert (best.get_linestyle(), last.get_linestyle()) == ("-", "--")
+
+
+def test_output_may_be_named_with_its_suffix(tmp_path):
+    figures.main(["curves", "--runs", str(run(tmp_path / "a")), "--output", str(tmp_path / "x=0.1.png")])
+    assert sorted(path.name for path in tmp_path.glob("x*")) == ["x=0.1.png", "x=0.1.svg"]
+
+
+def test_images_of_a_folder_come_in_the_networks_size(teacher, tmp_path):
+    for label in range(10):
+        (tmp_path / "images" / str(label)).mkdir(parents=True)
+        for i in range(10):
+            Image.new("L", (12, 12), 20 * i).save(tmp_path / "images" / str(label) / f"{i}.png")
+    variables, metadata = checkpoint.load_network(teacher)
+    facts = metadata | {"dataset": f"folder:{tmp_path / 'images'}", "image_size": 8}
+    checkpoint.save_network(tmp_path / "network", variables, facts)
+    args = figures.parse(["tsne", "--networks", str(tmp_path / "network")])
+    assert figures.load_images(args)[1].test.images.shape == (10, 8, 8, 1)
+    checkpoint.save_network(tmp_path / "other", variables, facts | {"image_size": 16})
+    args.networks.append(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="the networks take images of 8 and 16 pixels"):
+        figures.load_images(args)
 
 
 def test_curves_and_the_same_figure_is_the_same_file(tmp_path):
@@ -143,6 +191,8 @@ def test_eps_shows_blocks(tmp_path):
         ([*RANKED, "{student}", "{hundred}"], "--students=.* on 100 classes, the data set has 10"),
         (["tsne", "--networks", "{student}", "--classes", "1", "10"], "--classes: 10 is no class of digits"),
         (["tsne", "--networks", "{student}", "--num_images", "999"], "--num_images=999 exceeds the 355"),
+        (["tsne", "--networks", "{student}", "--num_images", "10"], "--num_images: 10 images of 10 classes"),
+        (["tsne", "--networks", "{student}", "--classes", "1", "1"], "of 1 classes; take two classes or more"),
         (["curves", "--runs", "nowhere"], "--runs: there is no nowhere/metrics.jsonl"),
         (["lambda", "--runs", "nowhere"], "--runs: there is no nowhere"),
         (["lambda", "--runs", "{teacher}/metadata.json"], "--runs: .* lacks 'config'"),

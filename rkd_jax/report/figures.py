@@ -14,6 +14,7 @@ best network, then. NAME=FOLDER gives the name in the figure.
 import argparse
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,20 +74,23 @@ def network_folder(folder: Path) -> Path:
     return folder / "best" if (folder / "best" / "metadata.json").exists() else folder
 
 
-def dataset_of(args: argparse.Namespace) -> str:
-    """--dataset, or else what the networks that the flags name were trained on."""
-    if args.dataset:
-        return args.dataset
+def load_images(args: argparse.Namespace) -> tuple[str, data.Splits]:
+    """The data set of --dataset, or else that on which the flags' networks were trained, in their images' size."""
     flags = {flag: getattr(args, flag) for flag in ("teacher", "students", "networks") if hasattr(args, flag)}
-    found = {
-        checkpoint.read_metadata(network_folder(named(text)[1]), f"--{flag}").get("dataset")
+    metadata = [
+        checkpoint.read_metadata(network_folder(named(text)[1]), f"--{flag}")
         for flag, texts in flags.items()
         for text in ([texts] if isinstance(texts, str) else texts)
-    } - {None}
-    if len(found) == 1:
-        return found.pop()
-    what = f"the networks were trained on {' and '.join(sorted(found))}" if found else "the networks do not name theirs"
-    raise ValueError(f"--dataset is missing, and {what}; say which test images to show them")
+    ]
+    found = {args.dataset} if args.dataset else {each.get("dataset") for each in metadata} - {None}
+    if len(found) != 1:
+        trained = f"were trained on {' and '.join(sorted(found))}" if found else "do not name theirs"
+        raise ValueError(f"--dataset is missing, and the networks {trained}; say which test images to show them")
+    (dataset,) = found
+    sides = {each.get("image_size") for each in metadata if each.get("dataset") == dataset} - {None}
+    if len(sides) > 1:
+        raise ValueError(f"the networks take images of {' and '.join(map(str, sorted(sides)))} pixels; draw them apart")
+    return dataset, evaluate.load_splits(dataset, args.data_dir, sides.pop() if sides else None)
 
 
 def predict(texts: Sequence[str], images: np.ndarray, num_classes: int, flag: str) -> list[Predicted]:
@@ -139,10 +143,15 @@ def _panels(count: int, width: float, height: float, **options: Any) -> tuple[Fi
     return figure, list(axes[:count])
 
 
+def _headline(figure: Figure, text: str) -> None:
+    """A title above the whole figure, in lines as long as it is wide."""
+    width = int(11 * figure.get_figwidth())  # letters that so many inches hold
+    figure.suptitle("\n".join(textwrap.fill(line, width) for line in text.splitlines()))
+
+
 def draw_ranked_logits(args: argparse.Namespace) -> Figure:
     """The paper's Fig. 3, for one test image: every network's logits, in the order of the teacher's."""
-    dataset = dataset_of(args)
-    splits = data.load(dataset, args.data_dir)
+    dataset, splits = load_images(args)
     images, labels = splits.test
     if not 0 <= args.image < len(images):
         raise ValueError(f"--image={args.image} is not among the test images of {dataset}: 0 to {len(images) - 1:,}")
@@ -159,7 +168,7 @@ def draw_ranked_logits(args: argparse.Namespace) -> Figure:
     inset.imshow(np.squeeze(chosen[0]), cmap="gray")
     inset.axis("off")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.suptitle(f"{dataset}, test image {args.image}, true class {names[true]}: logits in the teacher's order")
+    _headline(figure, f"{dataset}, test image {args.image}, true class {names[true]}: logits in the teacher's order")
     return figure
 
 
@@ -187,8 +196,7 @@ def _ranked_panel(
 
 def draw_logit_difference(args: argparse.Namespace) -> Figure:
     """How far each student's logits are from the teacher's, by true class and by logit; one colour scale."""
-    dataset = dataset_of(args)
-    splits = data.load(dataset, args.data_dir)
+    dataset, splits = load_images(args)
     images, labels = data.subset(splits.test, _count(args, splits), f"--num_images={args.num_images}", "test images")
     (teacher,) = predict([args.teacher], images, splits.num_classes, "--teacher")
     students = predict(args.students, images, splits.num_classes, "--students")
@@ -198,7 +206,7 @@ def draw_logit_difference(args: argparse.Namespace) -> Figure:
     axes = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
     names = class_names(dataset, args.data_dir, splits.num_classes)
     for axis, student, found in zip(axes, students, maps, strict=True):
-        picture = axis.imshow(found, cmap="cividis", vmin=0, vmax=highest, interpolation="nearest")
+        picture = axis.imshow(found, cmap="cividis", vmin=0, vmax=highest or 1, interpolation="nearest")
         axis.set(title=f"{student.label}: mean {np.nanmean(found):.2f}", xlabel="class of the logit")
         axis.grid(False)
         if splits.num_classes <= 20:
@@ -207,7 +215,7 @@ def draw_logit_difference(args: argparse.Namespace) -> Figure:
     axes[0].set_ylabel("true class of the image")
     bar = figure.colorbar(picture, ax=axes, shrink=0.8, extend="max" if np.nanmax(maps) > highest else "neither")
     bar.set_label("mean |student's logit - teacher's|")
-    figure.suptitle(f"{dataset}, {len(images):,} test images: students' logits against those of {teacher.label}")
+    _headline(figure, f"{dataset}, {len(images):,} test images: students' logits against those of {teacher.label}")
     return figure
 
 
@@ -215,19 +223,30 @@ def _count(args: argparse.Namespace, splits: data.Splits) -> int:
     return min(2000, len(splits.test.labels)) if args.num_images is None else args.num_images
 
 
+def _look(i: int) -> dict[str, str]:
+    """The marker and colour of the i-th class; no two of the first hundred share both."""
+    return {"marker": MARKERS[(i + i // len(COLORS)) % len(MARKERS)], "color": COLORS[i % len(COLORS)]}
+
+
 def draw_tsne(args: argparse.Namespace) -> Figure:
     """t-SNE of the embeddings of test images of a few classes."""
     from sklearn import manifold, metrics  # here: half a second that the other figures need not pay
 
-    dataset = dataset_of(args)
-    splits = data.load(dataset, args.data_dir)
-    classes = list(range(min(10, splits.num_classes))) if args.classes is None else args.classes
+    dataset, splits = load_images(args)
+    classes = list(range(min(10, splits.num_classes))) if args.classes is None else list(dict.fromkeys(args.classes))
     if wrong := [label for label in classes if not 0 <= label < splits.num_classes]:
         raise ValueError(f"--classes: {wrong[0]} is no class of {dataset}; name some of 0 to {splits.num_classes - 1}")
     kept = np.isin(splits.test.labels, classes)
     split = data.Split(splits.test.images[kept], splits.test.labels[kept])
     count = min(100 * len(classes), len(split.labels)) if args.num_images is None else args.num_images
     images, labels = data.subset(split, count, f"--num_images={args.num_images}", "test images of these classes")
+    if not 1 < len(set(labels)) < len(labels):
+        raise ValueError(
+            f"--classes, --num_images: {len(labels)} images of {len(set(labels))} classes; take two classes or more, "
+            "and more images than classes"
+        )
+    if len(classes) > 30:
+        raise ValueError(f"--classes: {len(classes)} are too many to be told apart; name 30 at most")
     networks = predict(args.networks, images, splits.num_classes, "--networks")
     names = class_names(dataset, args.data_dir, splits.num_classes)
     figure, axes = _panels(len(networks), 3.4, 3.4)
@@ -236,13 +255,13 @@ def draw_tsne(args: argparse.Namespace) -> Figure:
         points = manifold.TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(network.embedding)
         for i, label in enumerate(classes):
             x, y = points[labels == label].T
-            look = {"marker": MARKERS[i % len(MARKERS)], "color": COLORS[i % len(COLORS)], "alpha": 0.8}
-            axis.scatter(x, y, s=12, linewidths=0, label=names[label], **look)
+            axis.scatter(x, y, s=12, linewidths=0, alpha=0.8, label=names[label], **_look(i))
         silhouette = metrics.silhouette_score(network.embedding, labels)
         axis.set(title=f"{network.label}: silhouette {silhouette:.2f}", xticks=[], yticks=[])
         axis.spines[["top", "right"]].set_visible(True)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", title="class", markerscale=1.8)
-    figure.suptitle(f"{dataset}: t-SNE of the embeddings of {len(images):,} test images (axes without unit)")
+    look = {"title": "class", "markerscale": 1.8, "ncols": math.ceil(len(classes) / 15)}
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", **look)
+    _headline(figure, f"{dataset}: t-SNE of the embeddings of {len(images):,} test images (axes without unit)")
     return figure
 
 
@@ -302,7 +321,7 @@ def draw_lambda(args: argparse.Namespace) -> Figure:
     axis.set(xlabel="λ, weight of the ranking term", ylabel="test top-1, %")
     _log(axis, [*values, *papers])
     figure.legend(loc="outside lower center", ncols=3)
-    figure.suptitle(_title(records, "accuracy by λ; ε = {:g}".format(records[0]["config"]["eps"])))
+    _headline(figure, _title(records, "accuracy by λ; ε = {:g}".format(records[0]["config"]["eps"])))
     return figure
 
 
@@ -335,7 +354,7 @@ def draw_eps(args: argparse.Namespace) -> Figure:
     figure.legend(loc="outside lower center", ncols=3)
     lower.set_title("one block: the soft ranks are the centred logits", fontsize=9)
     what = "accuracy and blocks by ε; λ = {lam:g}, rank_scale {rank_scale}"
-    figure.suptitle(_title(records, what.format(**records[0]["config"])))
+    _headline(figure, _title(records, what.format(**records[0]["config"])))
     return figure
 
 
@@ -343,15 +362,17 @@ def _means(axis: Axes, x: Sequence[float], y: Sequence[float], label: str, look:
     """A line through the means at each x, and a point for every run."""
     order = sorted(set(x))
     means = [np.mean([b for a, b in zip(x, y, strict=True) if a == value]) for value in order]
-    axis.plot(order, means, markersize=5, label=label, **look)
+    axis.plot(order, means, label=label, **({"markersize": 5} | look))
     if len(order) < len(x):
         axis.plot(x, y, look["marker"], color=look["color"], markersize=3, alpha=0.5)
 
 
 def _accuracies(axis: Axes, values: Sequence[float], records: Sequence[Mapping[str, Any]]) -> None:
-    for name, marker, color in (("best", "*", RED), ("last", "o", BLUE)):
+    best = {"marker": "*", "color": RED, "markersize": 12}
+    last = {"marker": "o", "color": BLUE, "linestyle": "--"}  # both are seen where they are equal
+    for name, look in (("best", best), ("last", last)):
         top1 = [record[name]["top1"] for record in records]
-        _means(axis, values, top1, f"top-1 of the {name} epoch", {"marker": marker, "color": color})
+        _means(axis, values, top1, f"top-1 of the {name} epoch", look)
 
 
 def _log(axis: Axes, values: Sequence[float]) -> None:
@@ -396,7 +417,7 @@ def draw_curves(args: argparse.Namespace) -> Figure:
     top1.set(title="test accuracy (star: best, dot: last)", ylabel="top-1, %")
     for axis in (loss, accuracy, top1):
         axis.set_xlabel("epoch")
-    figure.legend(loc="outside lower center", ncols=len(args.runs))
+    figure.legend(loc="outside lower center", ncols=min(5, len(args.runs)))
     return figure
 
 
@@ -422,9 +443,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     for name, draw in FIGURES.items():
         command = commands.add_parser(name, help=draw.__doc__.splitlines()[0], description=draw.__doc__)
-        command.add_argument("--output", type=Path, default=Path("runs/figures") / name, help="without suffix")
+        command.add_argument(
+            "--output",
+            type=Path,
+            default=Path("runs/figures") / name,
+            metavar="FILE",
+            help="default: runs/figures/<figure>",
+        )
         if name in ("curves", "lambda", "eps"):
-            command.add_argument("--runs", nargs="+", required=True, help="folders of runs")
+            metavar = "NAME=FOLDER" if name == "curves" else "FOLDER"
+            command.add_argument("--runs", nargs="+", required=True, metavar=metavar, help="of runs")
             continue
         command.add_argument("--dataset", default="", help="default: what the networks were trained on")
         command.add_argument("--data_dir", default="", help="TFDS's folder; default: as in training")
@@ -448,8 +476,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         with matplotlib.rc_context(STYLE):
             figure = FIGURES[args.figure](args)
             args.output.parent.mkdir(parents=True, exist_ok=True)
+            name = args.output.name.removesuffix(".png").removesuffix(".svg")
             for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
-                path = args.output.with_name(f"{args.output.name}.{suffix}")
+                path = args.output.with_name(f"{name}.{suffix}")
                 figure.savefig(path, metadata=metadata)
                 print(path)
     except (ValueError, OSError) as error:
