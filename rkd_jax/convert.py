@@ -55,7 +55,8 @@ def from_torch(
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: damaged, or of another network or class count; names what is missing, left over, of another shape.
+      ValueError: damaged, not finite, or of another network or class count; names what is missing, left over, of
+        another shape.
     """
     label = f"{str(source)!r}" if isinstance(source, str | os.PathLike) else "the state dict"
     found = _arrays(_read(source))
@@ -67,6 +68,11 @@ def from_torch(
     for key, (path, shape) in layout.items():
         axes = np.argsort(_torch_axes(path, len(shape)))
         flat[path] = np.ascontiguousarray(state[key].astype(np.float32).transpose(axes))
+    if broken := [key for key, (path, _) in layout.items() if not np.isfinite(flat[path]).all()]:
+        raise ValueError(
+            f"{label} holds NaN or infinite numbers, in {broken[0]} and {len(broken) - 1} more: its training "
+            "diverged, or the file is damaged; get a sound one"
+        )
     return traverse_util.unflatten_dict(flat)
 
 

@@ -282,6 +282,14 @@ def test_missing_and_left_over_keys_are_named():
         convert.from_torch(state, "resnet8", 10)
 
 
+def test_weights_that_are_not_finite_are_named():
+    state = state_dict()
+    state["fc.bias"][3] = np.nan
+    state["conv1.weight"][0, 0, 0, 0] = np.inf
+    with pytest.raises(ValueError, match=r"the state dict holds NaN or infinite numbers, in \S+ and 1 more"):
+        convert.from_torch(state, "resnet8", 10)
+
+
 def test_two_networks_in_one_file_ask_which():
     student, teacher = state_dict(seed=1), state_dict(seed=2)
     both = prefixed(student, "module.student.") | prefixed(teacher, "module.teacher.")
