@@ -79,8 +79,10 @@ def test_kernels_of_the_docs_are_those_of_results():
     assert gpu_program.table(found["steps"]) in (ROOT / "docs" / "speed.md").read_text()
 
 
-def test_short_ablation_of_the_docs_is_that_of_results():
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("fair_ablation_*.json")), ids=lambda path: path.stem)
+def test_ablation_of_the_docs_is_that_of_results(path):
     from benchmarks import fair_ablation
 
-    record = json.loads((ROOT / "results" / "fair_ablation_short.json").read_text())
-    assert fair_ablation.table(record) in (ROOT / "docs" / "findings.md").read_text()
+    start, end = fair_ablation.marks(path)
+    table = fair_ablation.table(json.loads(path.read_text()))
+    assert start + table + end in (ROOT / "docs" / "findings.md").read_text()
