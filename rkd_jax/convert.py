@@ -324,10 +324,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image_size", type=_flags.positive, help="in pixels; 64 with MobileNetV2: its 64x64 form")
     parser.add_argument("--prefix", help="what precedes the keys, in a file of several networks: module.teacher.")
     args = parser.parse_args(argv)
-    try:
+    with _flags.one_sentence(args):
         print(_to_file(args) if Path(args.checkpoint).is_dir() else _to_folder(args))
-    except (ValueError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

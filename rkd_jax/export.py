@@ -312,11 +312,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", default="", help="compare on its test images, too")
     parser.add_argument("--data_dir", default="", help="TFDS's folder; default: as in training")
     args = parser.parse_args(argv)
-    try:
-        with jax.default_device(jax.devices("cpu")[0]), _conv.xla_alone():  # what is exported runs elsewhere
-            run(args)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
+    cpu = jax.default_device(jax.devices("cpu")[0])
+    with _flags.one_sentence(args), cpu, _conv.xla_alone():  # what is exported runs elsewhere
+        run(args)
 
 
 if __name__ == "__main__":

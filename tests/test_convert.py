@@ -312,6 +312,13 @@ def command(capsys, *args):
     return capsys.readouterr().out
 
 
+def refusal(capsys, *args):
+    """What the command says as it stops: argparse on the error stream, and others as the exit's message."""
+    with pytest.raises(SystemExit) as stop:
+        command(capsys, *args)
+    return f"{stop.value} {capsys.readouterr().err}"
+
+
 def test_command_there_and_back(tmp_path, capsys):
     state = state_dict("resnet8", 100)
     path = save({"model": state}, tmp_path / "resnet8.pth")
@@ -355,9 +362,7 @@ def test_command_takes_the_normalisation(tmp_path, capsys):
 )
 def test_command_says_what_is_wrong(tmp_path, capsys, flags, complaint):
     path = save(state_dict("resnet8", 7), tmp_path / "x.pth")
-    with pytest.raises(SystemExit):
-        command(capsys, *flags, "--checkpoint", path, "--output", tmp_path / "folder")
-    assert complaint in capsys.readouterr().err
+    assert complaint in refusal(capsys, *flags, "--checkpoint", path, "--output", tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
 
@@ -367,9 +372,7 @@ def test_command_replaces_networks_alone(tmp_path, capsys):
     kept.parent.mkdir(parents=True)
     kept.touch()
     for output, complaint in ((tmp_path / "runs", "holds 'kept', which would be lost"), (kept, "is a file")):
-        with pytest.raises(SystemExit):
-            command(capsys, *flags, "--output", output)
-        assert complaint in capsys.readouterr().err
+        assert complaint in refusal(capsys, *flags, "--output", output)
         assert kept.is_file()
     for _ in range(2):
         command(capsys, *flags, "--output", tmp_path / "runs" / "network")
@@ -385,28 +388,25 @@ def test_converting_back_says_what_is_wrong(tmp_path, capsys):
         ("back.pth", ["--mean", "0.5"], "--mean is for a PyTorch file"),
         ("back.bin", [], "end it in .pth, .pt or .safetensors"),
     ):
-        with pytest.raises(SystemExit) as stop:
-            command(capsys, "--checkpoint", tmp_path / "folder", "--output", tmp_path / output, *flags)
-        assert stop.value.code == 1
-        assert complaint in capsys.readouterr().err
+        said = refusal(capsys, "--checkpoint", tmp_path / "folder", "--output", tmp_path / output, *flags)
+        assert said.startswith("Error: ")
+        assert complaint in said
 
 
 def test_command_names_what_a_file_of_two_holds(tmp_path, capsys):
     state = state_dict("resnet8", 100)
     path = save({"student": state, "teacher": state}, tmp_path / "two.pth")
     for flags in ([], ["--model", "resnet20"]):
-        with pytest.raises(SystemExit):
-            command(capsys, *flags, "--checkpoint", path, "--output", tmp_path / "folder")
-        message = capsys.readouterr().err
+        message = refusal(capsys, *flags, "--checkpoint", path, "--output", tmp_path / "folder")
         assert "two.pth" in message
         assert "holds resnet8 with 100 classes" in message
 
 
 def test_command_checks_the_checksum_in_a_files_name(tmp_path, capsys):
     path = save(state_dict("resnet8", 100), tmp_path / "cifar100_resnet8-00000000.pt")
-    with pytest.raises(SystemExit):
-        command(capsys, "--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "folder")
-    assert "its name says 00000000; get it again" in capsys.readouterr().err
+    assert "its name says 00000000; get it again" in refusal(
+        capsys, "--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "folder"
+    )
 
 
 def test_command_takes_the_64x64_form_there_and_back(tmp_path, capsys):

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from rkd_jax import data
+from rkd_jax.data import __main__ as prepare_command
 from rkd_jax.data import _prepared, base
 
 ROOT = Path(__file__).parents[1]
@@ -248,6 +249,16 @@ def test_prepare_command(tmp_path):
     assert done.returncode == 1
     assert "mine.zip is no complete zip archive" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_prepare_command_names_what_its_user_wrote(tmp_path, offline):
+    for arguments, complaint in (
+        (["cifar"], "Error: NAME='cifar' is no data set"),
+        ([f"folder:{tmp_path}/none"], "Error: NAME='folder:.*none' is no folder"),
+        (["cifar100", "--data_dir", str(tmp_path)], "Error: --data_dir='.*' holds no cifar100.* or set --data_dir to"),
+    ):
+        with pytest.raises(SystemExit, match=complaint):
+            prepare_command.main(arguments)
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_real_images(teacher, tmp_path, capsys):
 def test_errors_name_the_flag(arguments, message, teacher, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         export.main([*(argument.format(teacher=teacher) for argument in arguments), "--output", str(tmp_path)])
-    assert re.search(f"error: .*{message}", f"{stop.value} {capsys.readouterr().err}")
+    assert re.search(f"[Ee]rror: .*{message}", f"{stop.value} {capsys.readouterr().err}")
 
 
 def test_a_format_whose_package_is_absent_names_it(network, tmp_path, monkeypatch):

@@ -207,7 +207,7 @@ def test_errors_name_the_flag(arguments, message, teacher, student, tmp_path):
     places = {"teacher": teacher, "student": student, "hundred": tmp_path / "hundred"}
     places |= {"a": run(tmp_path / "a"), "b": run(tmp_path / "b", lam=1.0, eps=0.1), "empty": run(tmp_path / "empty")}
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
-    with pytest.raises(SystemExit, match=f"error: .*{message}"):
+    with pytest.raises(SystemExit, match=f"Error: .*{message}"):
         figures.main([argument.format(**places) for argument in arguments])
 
 

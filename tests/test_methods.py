@@ -716,6 +716,12 @@ def test_the_command_lists_every_method():
     assert "vgg13>mobilenetv2: beta = 6.0" in text
 
 
+def test_the_command_names_what_its_user_wrote():
+    for name, complaint in (("nosuch", "is no method"), ("no_such:Method", "cannot be imported")):
+        with pytest.raises(SystemExit, match=f"^Error: NAME='{name}' {complaint}"):
+            listing.main([name])
+
+
 def test_the_documentation_is_up_to_date(capsys):
     listing.main(["--markdown"])
     table = capsys.readouterr().out.strip()

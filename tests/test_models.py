@@ -435,8 +435,8 @@ def test_command_prints_the_table(capsys):
     ],
 )
 def test_command_says_what_is_wrong(arguments, complaint, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as stop:
         table.main(arguments)
     printed = capsys.readouterr()
-    assert complaint in printed.err
+    assert complaint in f"{stop.value} {printed.err}"
     assert not printed.out

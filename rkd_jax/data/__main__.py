@@ -3,29 +3,27 @@
 import argparse
 from pathlib import Path
 
-from rkd_jax import data
+from rkd_jax import _flags, data
 from rkd_jax.data import _prepared
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Downloads or takes the archive, prepares, decodes into the cache, and says what is there."""
     parser = argparse.ArgumentParser(prog="python -m rkd_jax.data", description=main.__doc__)
-    parser.add_argument("name", help=f"{', '.join(data.names())}, or tfds:NAME")
+    parser.add_argument("name", metavar="NAME", help=f"{', '.join(data.names())}, or tfds:NAME")
     parser.add_argument(
         "--data_dir", default="", help="TFDS's folder; default: $TFDS_DATA_DIR or ~/tensorflow_datasets"
     )
     parser.add_argument("--archive", default="", help="tiny_imagenet: an archive at hand, instead of a download")
     parser.add_argument("--cache", type=Path, help="copy the decoded set here: a data_dir that needs no TFDS")
-    arguments = parser.parse_args()
-    try:
+    arguments = parser.parse_args(argv)
+    with _flags.one_sentence(arguments, dataset="NAME"):
         if arguments.archive:
             _prepared.prepare(arguments.name, _prepared.folder(arguments.data_dir), archive=arguments.archive)
         splits = data.load(arguments.name, arguments.data_dir)
         if arguments.cache:
             name = arguments.name.removeprefix("tfds:")
             print(f"copied to {_prepared.copy_cache(name, arguments.data_dir, arguments.cache)}")
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(1, f"{error}\n")
     for name, split in (("train", splits.train), ("test", splits.test)):
         shape = "x".join(map(str, split.images.shape[1:]))
         print(f"{arguments.name} {name}: {len(split.labels)} images of {shape}, {splits.num_classes} classes")

@@ -7,7 +7,7 @@ import re
 import sys
 import textwrap
 
-from rkd_jax import methods
+from rkd_jax import _flags, methods
 
 HEADER = "| method | paper | loss | hyper-parameters |\n|---|---|---|---|"
 
@@ -64,14 +64,15 @@ def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m rkd_jax.methods", description="Lists the distillation methods.")
     parser.add_argument(
-        "names", nargs="*", help='methods to list, also "my_module:Method"; all of them if none is given'
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help='methods to list, also "my_module:Method"; all of them if none is given',
     )
     parser.add_argument("--markdown", action="store_true", help="the table of docs/methods.md")
     options = parser.parse_args(arguments)
-    try:
+    with _flags.one_sentence(options, method="NAME"):
         rows = [(as_row if options.markdown else as_text)(name) for name in options.names or methods.names()]
-    except ValueError as error:
-        parser.error(str(error))
     print("\n".join([HEADER, *rows]) if options.markdown else "\n\n".join(rows))
 
 

@@ -69,13 +69,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image_size", type=_flags.positive, default=32, help="side in pixels")
     args = parser.parse_args(argv)
     header = f"{'network':18} {'parameters':>10} {'MMACs':>8} {'XLA':>8} {'embedding':>9}  features, channels@side"
-    try:
+    with _flags.one_sentence(args):
         names = [models.resolve(name, args.image_size, field="NAME") for name in args.names or models.names()]
         for i, name in enumerate(dict.fromkeys(names)):
             row = describe(name, args.num_classes, args.image_size)
             print(row if i else f"{header}\n{row}", flush=True)
-    except ValueError as error:
-        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

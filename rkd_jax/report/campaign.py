@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from rkd_jax import _memory, checkpoint, data, evaluate, experiment
+from rkd_jax import _flags, _memory, checkpoint, data, evaluate, experiment
 from rkd_jax.data import _prepared
 from rkd_jax.report import cells, pack, paper, run
 
@@ -368,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not jax.config.jax_compilation_cache_dir:  # by host name, for programs for one CPU may not run on another
         jax.config.update("jax_compilation_cache_dir", str((flags.out / "cache" / platform.node()).absolute()))
     data_dir = flags.data_dir
-    try:
+    with _flags.one_sentence(flags):
         if flags.scale == "smoke" and not data_dir:
             data_dir = str(flags.out / "data")
             _random_data(flags.out / "data")
@@ -379,8 +379,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             campaign.slice()
         else:
             print(campaign.next())
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {error}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from scipy import stats
 
-from rkd_jax import checkpoint, data, evaluate, train
+from rkd_jax import _flags, checkpoint, data, evaluate, train
 from rkd_jax.data import _prepared
 from rkd_jax.report import paper
 
@@ -472,17 +472,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws a figure, writes it twice, says where; an error of the user's is one sentence."""
     args = parse(argv)
-    try:
-        with matplotlib.rc_context(STYLE):
-            figure = FIGURES[args.figure](args)
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            name = args.output.name.removesuffix(".png").removesuffix(".svg")
-            for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
-                path = args.output.with_name(f"{name}.{suffix}")
-                figure.savefig(path, metadata=metadata)
-                print(path)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    with _flags.one_sentence(args), matplotlib.rc_context(STYLE):
+        figure = FIGURES[args.figure](args)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        name = args.output.name.removesuffix(".png").removesuffix(".svg")
+        for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
+            path = args.output.with_name(f"{name}.{suffix}")
+            figure.savefig(path, metadata=metadata)
+            print(path)
 
 
 if __name__ == "__main__":

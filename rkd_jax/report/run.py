@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dry_run", action="store_true", help="print what would be run")
     flags = parser.parse_args(arguments)
     logging.set_verbosity(logging.WARNING)
-    try:
+    with _flags.one_sentence(flags):
         chosen = cells.select(table_numbers(flags.table), flags.seeds, flags.only, flags.methods)
         planned = plan(chosen, flags.scale, flags.workdir, flags.teachers)
         todo = missing(planned, flags.results, flags.scale)
@@ -210,8 +210,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
         errors = execute(todo, flags.results, flags.scale, flags.together)
         print(f"\nThe results are in {flags.results / flags.scale}; python -m rkd_jax.report.tables prints the tables")
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {error}")
     if errors:
         sys.exit("\n".join(["Error: these runs diverged; the others are done:", *errors]))
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rkd_jax import _flags
 from rkd_jax.report import cells, paper, run
 
 Found = dict[tuple[str, str], list[dict[str, Any]]]  # pair and cell -> the results, by seed
@@ -136,15 +137,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_flags(parser)
     parser.add_argument("--output", type=Path, help="write the Markdown here, too")
     flags = parser.parse_args(arguments)
-    try:
+    with _flags.one_sentence(flags):
         if not (found := load(flags.results, flags.scale)):
             print(f"No result of scale {flags.scale} in {flags.results}: the paper's numbers alone.", file=sys.stderr)
         text = markdown(run.table_numbers(flags.table), flags.scale, found)
         if flags.output:
             flags.output.parent.mkdir(parents=True, exist_ok=True)
             flags.output.write_text(text)
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {error}")
     print(text)
 
 
