@@ -374,8 +374,9 @@ def test_command_replaces_networks_alone(tmp_path, capsys):
     for output, complaint in ((tmp_path / "runs", "holds 'kept', which would be lost"), (kept, "is a file")):
         assert complaint in refusal(capsys, *flags, "--output", output)
         assert kept.is_file()
-    for _ in range(2):
-        command(capsys, *flags, "--output", tmp_path / "runs" / "network")
+    for name in ("network.old", "network.new", "network", "network"):
+        command(capsys, *flags, "--output", tmp_path / "runs" / name)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"kept", "network", "network.new", "network.old"}
     assert kept.is_file()
 
 
