@@ -117,9 +117,11 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
     workdir, rows = Path(workdir), []
     config = config.copy_and_resolve_references()
     config.compare = False
-    experiment.create_method(config)  # what is wrong about the last run is said before the first
+    method = experiment.create_method(config)  # what is wrong about the last run is said before the first
     models.resolve(config.student)
     if config.teacher_checkpoint:
+        if not hasattr(method, "links"):
+            experiment.build(config)
         result = evaluate.evaluate(config, config.teacher_checkpoint, "config.teacher_checkpoint")
         rows.append({"role": "teacher", "network": result["network"], "method": "as given", "last": result, **result})
     else:

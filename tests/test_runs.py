@@ -49,6 +49,12 @@ def test_comparison_finds_what_is_wrong_before_it_trains(tiny, tmp_path, fields,
     assert not (tmp_path / "run").exists()
 
 
+def test_comparison_finds_another_teacher_than_the_given_one_before_it_trains(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"config.teacher_checkpoint=.*holds a resnet8, not a resnet14"):
+        runs.compare(tiny(compare=True, teacher="resnet14"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_comparison_evaluates_a_given_teacher(tiny, tmp_path):
     rows = runs.compare(tiny(compare=True, num_steps=2), tmp_path / "run")
     assert rows[0]["method"] == "as given"
