@@ -71,6 +71,13 @@ def counts(numbers, seeds, scale="full", **where):
     return len(chosen), len(run.plan(chosen, scale, Path("w"), Path("none")))
 
 
+def test_tiny_has_small_networks_for_every_pair():
+    for pair in paper.PAIRS:
+        config = cells.configure(cells.Cell(pair, "kd", 0), "tiny")
+        assert {config.teacher, config.student} <= {"resnet8", "resnet14", "resnet20"}
+        assert config.num_train == 320
+
+
 def test_plan_shares_what_cells_have_in_common():
     # A table's teachers and students alone are shared between its pairs; Tables 4 and 5 have cells of Table 1.
     assert counts([1], 1) == (6 * 12, 5 + 6 + 6 * 10)

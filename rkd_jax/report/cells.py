@@ -48,7 +48,8 @@ SCALES = {
         networks={
             "resnet32x4": "resnet8", "resnet8x4": "resnet8", "wrn_40_2": "resnet8", "wrn_16_2": "resnet8",
             "wrn_40_1": "resnet8", "vgg13": "resnet14", "vgg8": "resnet8", "resnet56": "resnet20",
-            "resnet20": "resnet8",
+            "resnet20": "resnet8", "resnet110": "resnet14", "resnet32": "resnet8", "ResNet50": "resnet14",
+            "ResNet18": "resnet14", "ShuffleV1": "resnet8", "ShuffleV2": "resnet8", "MobileNetV2": "resnet8",
         },
     ),
 }  # fmt: skip
