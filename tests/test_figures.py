@@ -161,6 +161,12 @@ def test_curves_and_the_same_figure_is_the_same_file(tmp_path):
     assert before == [(tmp_path / f"figure.{suffix}").read_bytes() for suffix in ("png", "svg")]
 
 
+def test_curves_of_many_runs_differ(tmp_path):
+    folder = run(tmp_path / "a")
+    loss = drawn("curves", "--runs", *(f"{i}={folder}" for i in range(30)))[0].axes[0]
+    assert len({(line.get_color(), line.get_linestyle()) for line in loss.lines}) == 30
+
+
 def test_lambda_shows_the_paper_where_the_pair_is_the_papers(tmp_path):
     ours = [run(tmp_path / f"{lam}-{seed}", lam=lam, seed=seed) for lam in (0.0, 1.0, 5.0) for seed in (0, 1)]
     draw(tmp_path, "lambda", "--runs", *ours)

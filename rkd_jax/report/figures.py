@@ -36,7 +36,7 @@ BLUE, RED, GREEN, PURPLE, SKY, ORANGE, BLACK = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000",
 )  # fmt: skip
 COLORS = BLUE, RED, GREEN, PURPLE, SKY, ORANGE, BLACK, "#882255", "#999933", "#888888"
-MARKERS, GREY = "osD^vPX*<>", "0.6"
+MARKERS, LINES, GREY = "osD^vPX*<>", ("-", "--", ":", "-."), "0.6"
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -402,15 +402,15 @@ def draw_curves(args: argparse.Namespace) -> Figure:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     loss, accuracy, top1 = figure.subplots(1, 3)
     for i, (label, folder) in enumerate(map(named, args.runs)):
-        color = COLORS[i % len(COLORS)]
+        look = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i // len(COLORS) % len(LINES)]}
         lines, tests = (load_metrics(folder, kind) for kind in ("train", "test"))
         epochs = [line["epoch"] for line in lines]
-        loss.plot(epochs, [line["loss"] for line in lines], color=color, label=label)
-        accuracy.plot(epochs, [line["top1"] for line in lines], color=color)
-        top1.plot([line["epoch"] for line in tests], [line["top1"] for line in tests], color=color)
+        loss.plot(epochs, [line["loss"] for line in lines], **look, label=label)
+        accuracy.plot(epochs, [line["top1"] for line in lines], **look)
+        top1.plot([line["epoch"] for line in tests], [line["top1"] for line in tests], **look)
         best = max(tests, key=lambda line: line["top1"])  # the first of equals, as training keeps it
         for line, mark, size in ((tests[-1], "o", 6), (best, "*", 12)):
-            top1.plot(line["epoch"], line["top1"], mark, color=color, markersize=size, markeredgecolor="white")
+            top1.plot(line["epoch"], line["top1"], mark, color=look["color"], markersize=size, markeredgecolor="white")
     loss.set(title="training loss, each by its own method", ylabel="loss", yscale="log")
     _plain_numbers(loss)
     accuracy.set(title="training accuracy, on augmented images", ylabel="top-1, %")
