@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 # Before jax is imported: the tests, their workers and child processes compile the same small programs.
@@ -19,6 +21,16 @@ from rkd_jax import checkpoint, data, models
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "data"  # real data, where this machine has it
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No download succeeds, on whatever machine."""
+
+    def urlopen(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
 
 
 @pytest.fixture(scope="session")

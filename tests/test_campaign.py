@@ -180,6 +180,13 @@ def test_campaign_of_another_scale_or_dtype_is_an_error(tmp_path):
         campaign.main(["--out", str(tmp_path), "--dtype", "float32", "--minutes", "0"])
 
 
+def test_absent_data_is_said_before_the_first_benchmark(tmp_path, monkeypatch, offline):
+    monkeypatch.setattr(campaign.Campaign, "_benchmark", lambda *_: pytest.fail("it began"))
+    with pytest.raises(SystemExit, match=r"Error: --data_dir=.*holds no cifar100"):
+        campaign.main(["--out", str(tmp_path / "out"), "--minutes", "9", "--data_dir", str(tmp_path)])
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_done_yet(tmp_path, capsys):
     campaign.main(["--out", str(tmp_path), "--minutes", "0"])
     text = capsys.readouterr().out

@@ -7,8 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -66,14 +64,6 @@ def tiny(prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     shutil.copytree(prepared / "tiny_imagenet", tmp_path / "tfds" / "tiny_imagenet")
     return tmp_path / "tfds"
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    def urlopen(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
 
 
 def child(code, **environment):

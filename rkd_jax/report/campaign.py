@@ -154,7 +154,11 @@ class Campaign:
     # Doing it.
 
     def slice(self) -> None:
-        """Works through the list until the minutes are over."""
+        """Works through the list until the minutes are over; a data set that is not there is said before it begins."""
+        for cell in {cell.pair: cell for item in self.open_items() for cell in item.members}.values():
+            config = cells.configure(cell, self._cells_scale)
+            config.data_dir = self._data_dir
+            experiment.load_splits(experiment.Fields(config.to_dict()))  # takes no device: benchmarks need it whole
         stopper = threading.Timer(max(self.left(), 0.1), os.kill, (os.getpid(), signal.SIGTERM))
         stopper.daemon = True
         before = signal.signal(signal.SIGTERM, _stop)  # where the loop of training does not take it
