@@ -270,6 +270,8 @@ def test_damaged_and_absent_results_are_named(tmp_path, capsys):
         path.write_text(text)
         with pytest.raises(SystemExit, match=rf"kd-seed0.json .*{complaint}.*report.run makes it again"):
             tables.main(flags)
+        with pytest.raises(SystemExit, match=rf"kd-seed0.json .*{complaint}.*report.run makes it again"):
+            run.main([*flags, "--dry_run"])  # and does not count it as there
 
 
 def test_smoke_runs_train_go_on_and_make_a_table(flags, tiny, tmp_path, monkeypatch, capsys):

@@ -1,9 +1,10 @@
 """The cells of the tables as configs of ours, at several scales."""
 
 import importlib
+import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -79,6 +80,17 @@ class Cell(NamedTuple):
         return sorted(
             {t.number for t in paper.TABLES if self.pair in t.pairs and any(row.cell == self.name for row in t.rows)}
         )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The result in a cell's file; ValueError where it is damaged."""
+    try:
+        result = json.loads(path.read_text())
+        if missing := {"pair", "cell", "best", "last", "commit", "versions", "device", "date"} - set(result):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return result
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and report.run makes it again") from error
 
 
 def select(

@@ -80,8 +80,16 @@ def find(teachers: Path, network: str) -> Path | None:
 
 
 def missing(planned: Sequence[Run], results: Path, scale: str) -> list[Run]:
-    """The runs that lack a result, and the teachers that those need and whose network is gone."""
-    lacking = {run.name for run in planned if not all(cell.path(results, scale).exists() for cell in run.cells)}
+    """The runs that lack a result, and the teachers that those need and whose network is gone.
+
+    ValueError for a damaged result.
+    """
+
+    def done(cell: cells.Cell) -> bool:
+        path = cell.path(results, scale)
+        return path.exists() and bool(cells.read(path))
+
+    lacking = {run.name for run in planned if not all(map(done, run.cells))}
     needed = {run.config.teacher_checkpoint for run in planned if run.name in lacking}
     gone = {
         run.name

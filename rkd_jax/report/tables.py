@@ -1,7 +1,6 @@
 """Prints the paper's tables with our results beside its numbers: `python -m rkd_jax.report.tables --table 4`."""
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -27,7 +26,7 @@ def load(results: Path, scale: str) -> Found:
     found: Found = {}
     fingerprints: dict[str, str] = {}
     for path in sorted((results / scale).glob("*/*.json")):
-        result = _read(path)
+        result = cells.read(path)
         found.setdefault((result["pair"], result["cell"]), []).append(result)
         config = result.get("config", {})
         teacher = config.get("teacher_fingerprint")
@@ -36,16 +35,6 @@ def load(results: Path, scale: str) -> Found:
         if fingerprints.setdefault(result["pair"], teacher) != teacher:
             raise ValueError(f"{path} had another teacher than the pair's other results; remove the older of them")
     return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(path.read_text())
-        if missing := {"pair", "cell", "best", "last", "commit", "versions", "device", "date"} - set(result):
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return result
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and report.run makes it again") from error
 
 
 def markdown(numbers: Collection[int], scale: str, found: Found) -> str:
