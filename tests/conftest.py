@@ -20,6 +20,7 @@ from configs import default
 from rkd_jax import checkpoint, data, models
 
 ROOT = Path(__file__).resolve().parents[1]
+FAST_COMPILE = {"xla_backend_optimization_level": 0}  # of jax.jit, for programs that run once or twice
 REAL = ROOT.parent / "shared" / "data"  # real data, where this machine has it
 
 

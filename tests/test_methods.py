@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import FAST_COMPILE
 
 from rkd_jax import methods
 from rkd_jax.methods import __main__ as listing
@@ -26,9 +27,13 @@ from rkd_jax.methods import base, dot
 from rkd_jax.models import Outputs
 
 ROOT = Path(__file__).parents[1]
+jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 CLASSES = 6
 NAMES = methods.names()
 
+# Methods that compare feature maps or embeddings: tests/test_feature_methods.py has their formulas. What holds for
+# functions of the logits is not asked of them.
+FEATURES = {"at", "cat_kd", "crd", "fitnets", "ickd", "reviewkd", "sp", "vid"}
 # The student's logits at which the terms of distillation are least, where these are not the teacher's.
 MATCH = {"ttm": lambda method, t: method.power * t}
 # Terms that are not least there: a cross-entropy with the label.
@@ -54,11 +59,18 @@ VARIANTS = [
     ("mlkd", {"standardize": True, "temperature": 2.0, "beta": 9.0}),
     ("dot", {"inner": "mlkd"}),
     ("dot", {"inner": "ctkd"}),
+    ("dot", {"inner": "reviewkd"}),
 ]
 CASES = [(name, {}) for name in NAMES] + VARIANTS
-each_case = pytest.mark.parametrize(
-    ("name", "fields"), CASES, ids=["-".join([name, *map(str, fields.values())]) for name, fields in CASES]
-)
+OF_LOGITS = [(name, fields) for name, fields in CASES if not {name, fields.get("inner")} & FEATURES]
+
+
+def each(cases):
+    ids = ["-".join([name, *map(str, fields.values())]) for name, fields in cases]
+    return pytest.mark.parametrize(("name", "fields"), cases, ids=ids)
+
+
+each_case, each_case_of_logits = each(CASES), each(OF_LOGITS)
 
 
 def context(epoch):
@@ -73,8 +85,9 @@ def outputs(logits, features=((8, 8, 4), (4, 4, 8), (2, 2, 16))):
         (summary * jnp.linspace(-1, 1, math.prod(shape), dtype=logits.dtype)).reshape(*logits.shape[:-1], *shape)
         for shape in features
     )
-    embedding = summary * jnp.linspace(-1, 1, 16, dtype=logits.dtype)
-    return Outputs(logits, tuple(map(jax.nn.relu, maps)), embedding, maps)
+    embedding = jnp.tanh(logits @ jnp.cos(jnp.arange(CLASSES * 16, dtype=logits.dtype)).reshape(CLASSES, 16))
+    class_maps = logits[..., None, None, :] * jnp.linspace(0.5, 1.5, 4, dtype=logits.dtype).reshape(2, 2, 1)
+    return Outputs(logits, tuple(map(jax.nn.relu, maps)), embedding, maps, class_maps)
 
 
 def shapes(batch):
@@ -107,7 +120,7 @@ def compiled(method):
         found = terms(method, s, t, y, epoch)
         return sum(found.values()), found
 
-    return jax.jit(lambda *arguments: jax.grad(loss, has_aux=True)(*arguments)[::-1])
+    return jit(lambda *arguments: jax.grad(loss, has_aux=True)(*arguments)[::-1])
 
 
 def evaluate(name, fields, s, t, y, epoch=30.0):
@@ -141,7 +154,7 @@ def test_terms_are_float32_scalars_also_from_half_precision(name, fields):
         assert (value.shape, value.dtype) == ((), jnp.float32)
 
 
-@each_case
+@each_case_of_logits
 def test_distillation_is_least_at_the_teacher(name, fields):
     t = logits(0, 4)
     y = t.argmax(-1)  # a teacher that is right, as rld and sortkd ask
@@ -157,7 +170,7 @@ def test_distillation_is_least_at_the_teacher(name, fields):
                 assert other[term] > least[term] + 1e-6, (term, size)
 
 
-@each_case
+@each_case_of_logits
 def test_a_constant_added_to_an_examples_logits_changes_nothing(name, fields):
     s, t = logits(0, 4), logits(1, 4)
     shift = jnp.array([[2.0], [-7.0], [0.5], [11.0]])
@@ -182,7 +195,7 @@ def test_standardized_logits_are_invariant_to_affine_maps(name):
                 assert not np.isclose(plain, evaluate(name, {"standardize": False}, s, t, Y)[term], rtol=1e-2)
 
 
-@each_case
+@each_case_of_logits
 def test_examples_are_independent_where_they_should_be(name, fields):
     """The gradient of the first example does not depend on the others."""
     method = methods.create(name, **fields)
@@ -243,7 +256,7 @@ def test_trains_and_compiles_once(name, fields):
     tx = method.wrap_optimizer(optax.chain(optax.add_decayed_weights(1e-4), optax.sgd(0.02, 0.9)))
     traces = 0
 
-    @jax.jit
+    @jit
     def step(params, state, opt_state, rng, number):
         nonlocal traces
         traces += 1
@@ -470,7 +483,7 @@ REFERENCES = {
 }
 
 
-@each_case
+@each_case_of_logits
 def test_values_and_gradients_are_numpys(name, fields):
     assert name in REFERENCES, f"write {name}'s formula in NumPy into REFERENCES"
     method = methods.create(name, **fields)
@@ -748,10 +761,10 @@ def test_views_at_once_are_views_in_turn(name, fields):
         return sum(found.values()), metrics
 
     grad = jax.value_and_grad(loss, has_aux=True)
-    together = jax.jit(jax.vmap(grad))(s, t)
+    together, alone = jit(jax.vmap(grad))(s, t), jit(grad)
     for i in range(2):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
             jax.tree.map(lambda x, i=i: x[i], together),
-            jax.jit(grad)(s[i], t[i]),
+            alone(s[i], t[i]),
         )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import FAST_COMPILE
 from flax import traverse_util
 from jax.test_util import check_grads
 
@@ -51,7 +52,6 @@ PUBLISHED = {  # parameters at 100 classes, MMACs at 32x32, embedding, features
 # Every kind of block of every family; the other networks repeat them, under the same keys (tests/test_convert.py).
 INFERENCE = ("resnet8x4", "ResNet50", "wrn_16_2", "vgg13", "MobileNetV2", "MobileNetV2_64x64", "ShuffleV1", "ShuffleV2")
 TRAINING = ("resnet8", "wrn_16_1", "vgg8", "MobileNetV2", "MobileNetV2_64x64", "ShuffleV1", "ShuffleV2")
-FAST_COMPILE = {"xla_backend_optimization_level": 0}  # the programs below run once
 
 
 def images_for(name, count, side=None, channels=3):
@@ -87,6 +87,8 @@ def assert_outputs_close(outputs, theirs, tolerance):
     for what, (our, their) in pairs.items():
         their = their.detach().numpy()
         np.testing.assert_allclose(our, their, rtol=0, atol=tolerance * np.abs(their).max(), err_msg=what)
+    logits, average = np.asarray(outputs.logits), np.asarray(outputs.class_maps).mean((1, 2))
+    np.testing.assert_allclose(average, logits, rtol=0, atol=10 * tolerance * np.abs(logits).max())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

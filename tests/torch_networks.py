@@ -104,11 +104,11 @@ class WideResNet(nn.Module):
         self.fc = nn.Linear(64 * width, num_classes)
 
     def forward(self, x):
-        x = self.block3(self.block2(self.block1(self.conv1(x))))
-        stages = (self.block1, self.block2, self.block3)
-        preactivations = [*(stage.layer[0].opening for stage in stages), self.bn1(x)]
-        features = [F.relu(preactivation) for preactivation in preactivations]
-        embedding = features[-1].mean((2, 3))
+        features, stages = [self.conv1(x)], (self.block1, self.block2, self.block3)
+        for stage in stages:
+            features.append(stage(features[-1]))
+        preactivations = [*(stage.layer[0].opening for stage in stages), self.bn1(features[-1])]
+        embedding = F.relu(preactivations[-1]).mean((2, 3))
         return self.fc(embedding), features, embedding, preactivations
 
 

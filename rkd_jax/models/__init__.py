@@ -30,14 +30,16 @@ __all__ = ["Adapter", "Outputs", "create", "fold", "in_turn", "names", "resolve"
 class Outputs(NamedTuple):
     """What every network returns, float32.
 
-    `features` are the stages' maps after their activation and `preactivations` the same maps before it, from the stem
-    on; each family's file says where they lie. What is not used costs nothing under jit.
+    `features` are the stages' maps as they hand them on, after their activation where they end with one, and
+    `preactivations` the maps before it, from the stem on; each family's file says where they lie. What is not used
+    costs nothing under jit.
     """
 
     logits: jax.Array  # [B, C]
-    features: tuple[jax.Array, ...]  # per stage, NHWC, after the activation
+    features: tuple[jax.Array, ...]  # per stage, NHWC
     embedding: jax.Array  # [B, D], the classifier's input
     preactivations: tuple[jax.Array, ...] = ()  # per stage, NHWC, before the activation
+    class_maps: jax.Array | None = None  # [B, H, W, C], the classifier at each position; their average is the logits
 
     @classmethod
     def of(
@@ -46,9 +48,10 @@ class Outputs(NamedTuple):
         features: Iterable[jax.Array],
         embedding: jax.Array,
         preactivations: Iterable[jax.Array] = (),
+        class_maps: jax.Array | None = None,
     ) -> "Outputs":
         """The outputs as float32, whatever the compute dtype."""
-        return jax.tree.map(full_precision, cls(logits, tuple(features), embedding, tuple(preactivations)))
+        return jax.tree.map(full_precision, cls(logits, tuple(features), embedding, tuple(preactivations), class_maps))
 
 
 def create(

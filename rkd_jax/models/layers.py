@@ -142,16 +142,20 @@ def conv_bn(x: jax.Array, train: bool, features: int, names: tuple[str, str], **
     return BatchNorm(follows=names[0], name=names[1])(conv(x, features, names[0], **options), train)
 
 
-def classifier(x: jax.Array, num_classes: int, name: str, std: float | None = None) -> jax.Array:
-    """The last layer, in float32, [B, D] -> [B, C]; weights N(0, std) and bias 0, or PyTorch's default (std None)."""
+def head(x: jax.Array, num_classes: int, name: str, std: float | None = None) -> tuple[jax.Array, ...]:
+    """The end of a network, in float32: [B, H, W, D] -> logits [B, C], embedding [B, D], class maps [B, H, W, C].
+
+    The embedding is the global average, the logits are the classifier's. The class maps are the classifier at each
+    position, so that their average is the logits (Zhou et al. 2016, arXiv:1512.04150). Weights N(0, std) and bias 0, or
+    PyTorch's default (std None).
+    """
     kernel_init = torch_default if std is None else nn.initializers.normal(std)
     bias_init = torch_default_bias(x.shape[-1]) if std is None else nn.initializers.zeros
-    return nn.Dense(num_classes, kernel_init=kernel_init, bias_init=bias_init, name=name)(full_precision(x))
-
-
-def pool(x: jax.Array) -> jax.Array:
-    """Global average, in float32: [B, H, W, D] -> [B, D]."""
-    return full_precision(x).mean((1, 2))
+    classifier = nn.Dense(num_classes, kernel_init=kernel_init, bias_init=bias_init, name=name)
+    x = full_precision(x)
+    embedding = x.mean((1, 2))
+    logits, weights = classifier(embedding), classifier.variables["params"]
+    return logits, embedding, x @ weights["kernel"] + weights["bias"]
 
 
 def shuffle(x: jax.Array, groups: int) -> jax.Array:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.models import Outputs, layers
-from rkd_jax.models.layers import classifier, conv_bn, pool
+from rkd_jax.models.layers import conv_bn, head
 
 
 class InvertedResidual(nn.Module):
@@ -72,9 +72,9 @@ class MobileNetV2(nn.Module):
             if stage in (1, 2, 4, 6):
                 features.append(x)
                 preactivations.append(x)
-        embedding = pool(nn.relu(conv_bn(x, train, 1280, ("conv2_0", "conv2_1"), kernel=1)))
-        logits = classifier(embedding, self.num_classes, "classifier_0", std=0.01)
-        return Outputs.of(logits, features, embedding, preactivations)
+        x = nn.relu(conv_bn(x, train, 1280, ("conv2_0", "conv2_1"), kernel=1))
+        logits, embedding, class_maps = head(x, self.num_classes, "classifier_0", std=0.01)
+        return Outputs.of(logits, features, embedding, preactivations, class_maps)
 
 
 def _biased_conv_bn(x: jax.Array, train: bool, features: int, names: tuple[str, str], **options) -> jax.Array:
@@ -116,7 +116,8 @@ class MobileNetV2At64(nn.Module):
                 features.append(x)
                 preactivations.append(x)
         last = _biased_conv_bn(x, train, 1280, ("conv1_0", "conv1_1"), kernel=1)
-        embedding = pool(nn.relu6(last))
+        x = layers.full_precision(nn.relu6(last))
+        embedding = x.mean((1, 2))
         bias_init = layers.torch_default_bias(1280)
         logits = layers.conv(
             embedding[:, None, None],
@@ -126,7 +127,9 @@ class MobileNetV2At64(nn.Module):
             init=layers.torch_default,
             bias_init=bias_init,
         )
-        return Outputs.of(logits[:, 0, 0], [*features, nn.relu6(last)], embedding, [*preactivations, last])
+        classifier = self.variables["params"]["conv2"]
+        class_maps = x @ classifier["kernel"][0, 0] + classifier["bias"]
+        return Outputs.of(logits[:, 0, 0], [*features, x], embedding, [*preactivations, last], class_maps)
 
 
 NETWORKS = {"MobileNetV2": MobileNetV2, "MobileNetV2_64x64": MobileNetV2At64}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.models import Outputs
-from rkd_jax.models.layers import classifier, conv_bn, pool
+from rkd_jax.models.layers import conv_bn, head
 
 
 class BasicBlock(nn.Module):
@@ -76,8 +76,8 @@ class ResNet(nn.Module):
                 x, preactivation = self.block(width, stride, self.shortcut, name=f"layer{stage}_{i}")(x, train)
             features.append(x)
             preactivations.append(preactivation)
-        embedding = pool(x)
-        return Outputs.of(classifier(embedding, self.num_classes, self.head), features, embedding, preactivations)
+        logits, embedding, class_maps = head(x, self.num_classes, self.head)
+        return Outputs.of(logits, features, embedding, preactivations, class_maps)
 
 
 def _cifar(depth: int, widths: tuple[int, ...]):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.models import Outputs, layers
-from rkd_jax.models.layers import classifier, pool, shuffle
+from rkd_jax.models.layers import head, shuffle
 
 conv_bn = functools.partial(layers.conv_bn, init=layers.torch_default)
 
@@ -61,8 +61,8 @@ class ShuffleNetV1(nn.Module):
                 x, preactivation = Bottleneck(width, stride, self.groups, name=f"layer{stage}_{i}")(x, train)
             features.append(x)
             preactivations.append(preactivation)
-        embedding = pool(x)
-        return Outputs.of(classifier(embedding, self.num_classes, "linear"), features, embedding, preactivations)
+        logits, embedding, class_maps = head(x, self.num_classes, "linear")
+        return Outputs.of(logits, features, embedding, preactivations, class_maps)
 
 
 NETWORKS = {"ShuffleV1": ShuffleNetV1}

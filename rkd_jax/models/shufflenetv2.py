@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.models import Outputs, layers
-from rkd_jax.models.layers import classifier, pool, shuffle
+from rkd_jax.models.layers import head, shuffle
 
 conv_bn = functools.partial(layers.conv_bn, init=layers.torch_default)
 
@@ -67,8 +67,9 @@ class ShuffleNetV2(nn.Module):
                 x, preactivation = BasicBlock(name=f"layer{stage}_{i + 1}")(x, train)
             features.append(x)
             preactivations.append(preactivation)
-        embedding = pool(nn.relu(conv_bn(x, train, 1024, ("conv2", "bn2"), kernel=1)))
-        return Outputs.of(classifier(embedding, self.num_classes, "linear"), features, embedding, preactivations)
+        x = nn.relu(conv_bn(x, train, 1024, ("conv2", "bn2"), kernel=1))
+        logits, embedding, class_maps = head(x, self.num_classes, "linear")
+        return Outputs.of(logits, features, embedding, preactivations, class_maps)
 
 
 NETWORKS = {"ShuffleV2": ShuffleNetV2}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.models import Outputs
-from rkd_jax.models.layers import classifier, conv_bn, pool
+from rkd_jax.models.layers import conv_bn, head
 
 
 class VGG(nn.Module):
@@ -37,9 +37,8 @@ class VGG(nn.Module):
                 x = nn.relu(preactivation)
             features.append(x)
             preactivations.append(preactivation)
-        embedding = pool(x)
-        logits = classifier(embedding, self.num_classes, "classifier", std=0.01)
-        return Outputs.of(logits, features, embedding, preactivations)
+        logits, embedding, class_maps = head(x, self.num_classes, "classifier", std=0.01)
+        return Outputs.of(logits, features, embedding, preactivations, class_maps)
 
 
 NETWORKS = {

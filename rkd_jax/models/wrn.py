@@ -1,8 +1,7 @@
 """Wide residual networks (Zagoruyko and Komodakis 2016, arXiv:1605.07146): wrn_DEPTH_WIDTH, pre-activation blocks.
 
-A pre-activation network ends no stage with an activation. So preactivations are the stages' sums (the stem's output
-first) after the batch normalisation that opens what comes next, and features are their ReLU: what the next stage reads.
-PyTorch zoos tap the sums themselves as features; their preactivations are these.
+A pre-activation network ends no stage with an activation. features are the stages' sums, the stem's output first, as
+PyTorch zoos tap them; preactivations are these after the batch normalisation that opens what comes next.
 """
 
 import functools
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.models import Outputs
-from rkd_jax.models.layers import BatchNorm, classifier, conv, conv_bn, pool
+from rkd_jax.models.layers import BatchNorm, conv, conv_bn, head
 
 
 class Block(nn.Module):
@@ -45,17 +44,17 @@ class WideResNet(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
         """Images [B, H, W, K], normalised; train: use and update the batch statistics."""
         x = conv(images.astype(self.dtype), 16, "conv1")
-        preactivations = []
+        features, preactivations = [x], []
         for stage, channels in enumerate((16, 32, 64), start=1):
             for i in range(self.blocks):
                 stride = 2 if stage > 1 and i == 0 else 1
                 x, before = Block(channels * self.width, stride, name=f"block{stage}_layer_{i}")(x, train)
                 if i == 0:
                     preactivations.append(before)
+            features.append(x)
         preactivations.append(BatchNorm(name="bn1")(x, train))
-        features = [nn.relu(preactivation) for preactivation in preactivations]
-        embedding = pool(features[-1])
-        return Outputs.of(classifier(embedding, self.num_classes, "fc"), features, embedding, preactivations)
+        logits, embedding, class_maps = head(nn.relu(preactivations[-1]), self.num_classes, "fc")
+        return Outputs.of(logits, features, embedding, preactivations, class_maps)
 
 
 NETWORKS = {

@@ -1,0 +1,55 @@
+"""Class attention transfer (Guo et al., CVPR 2023, arXiv:2304.12777).
+
+L = CE(s, y) + beta * mean (P(M_s) - P(M_t))^2, M = the classifier at each position of the last map, P = its average in
+map_resolution x map_resolution cells
+
+Where `normalize_maps`, each class' cells are divided by their norm. The authors' networks have a classifier without
+bias; here the networks stay as they are, and M has it.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from rkd_jax import losses
+from rkd_jax.methods import _maps, base
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(base.Distiller):
+    beta: float = 15.0  # weight of the class maps
+    map_resolution: int = base.positive(2)  # cells along each side
+    normalize_maps: bool = False  # each class' cells divided by their norm
+
+    tuned: ClassVar = {
+        "resnet56>resnet20": {"beta": 0.7},
+        "resnet110>resnet32": {"beta": 1.8},
+        "wrn_40_2>wrn_16_2": {"beta": 12.0},
+        "wrn_40_2>wrn_40_1": {"beta": 1.5},
+        "vgg13>vgg8": {"beta": 4.5},
+        "vgg13>mobilenetv2": {"beta": 15.0, "normalize_maps": True},
+        "resnet50>mobilenetv2": {"beta": 40.0, "normalize_maps": True},
+        "wrn_40_2>shufflev1": {"beta": 80.0, "map_resolution": 4, "normalize_maps": True},
+        "resnet32x4>shufflev1": {"beta": 600.0, "map_resolution": 4, "normalize_maps": True},
+        "resnet32x4>shufflev2": {"beta": 600.0, "map_resolution": 4, "normalize_maps": True},
+    }
+
+    def init(self, rng, student, teacher, num_examples):
+        for field, outputs in (("config.student", student), ("config.teacher", teacher)):
+            if outputs.class_maps is None:
+                raise ValueError(
+                    f"config.method='cat_kd' compares class maps, and {field} returns none; return class_maps in "
+                    "rkd_jax.models.Outputs, or take a network of rkd_jax.models"
+                )
+        return {}, {}
+
+    def loss(self, params, state, student, teacher, batch, context):
+        s, t = (self._cells(side.class_maps) for side in (student, teacher))
+        label = losses.cross_entropy(student.logits, batch["label"]).mean()
+        return {"label": label, "class_maps": self.beta * ((s - t) ** 2).mean()}, state, {}
+
+    def _cells(self, maps):
+        """[B, H, W, C] -> [B, C, map_resolution^2]."""
+        cells = jnp.moveaxis(_maps.pool(maps, self.map_resolution), -1, 1).reshape(len(maps), maps.shape[-1], -1)
+        return _maps.unit(cells) if self.normalize_maps else cells

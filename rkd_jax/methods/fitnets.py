@@ -1,0 +1,78 @@
+"""FitNets, "hints for thin deep nets" (Romero et al., ICLR 2015, arXiv:1412.6550).
+
+L = CE(s, y) + beta * mean (r(F_s) - F_t)^2, F the map of stage `hint_stage`, r a convolution, batch normalisation and
+ReLU
+
+r is trained beside the student: a 3x3 convolution of stride 2 where the student's map has twice the teacher's side, a
+transposed 4x4 one where it has half, and otherwise one without padding that is as large as the difference asks. As in
+RepDistiller and mdistiller the hint is a term of the loss from the first step on; the paper trains with it first.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+
+from rkd_jax import losses
+from rkd_jax.methods import _maps, base
+from rkd_jax.models.layers import torch_default
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(base.Distiller):
+    beta: float = 100.0  # weight of the hint
+    hint_stage: int = 2  # the stage whose map is the hint; 0 is the stem
+
+    def init(self, rng, student, teacher, num_examples):
+        s, t = self._hints(student, teacher)
+        return _maps.init(Regressor.between(s, t), rng, s), {}
+
+    def loss(self, params, state, student, teacher, batch, context):
+        s, t = self._hints(student, teacher)
+        found = _maps.apply(Regressor.between(s, t), params, s)
+        terms = {
+            "label": losses.cross_entropy(student.logits, batch["label"]).mean(),
+            "hint": self.beta * ((found - losses.promote(t)) ** 2).mean(),
+        }
+        return terms, state, {}
+
+    def _hints(self, student, teacher):
+        for field, outputs in (("config.student", student), ("config.teacher", teacher)):
+            if not 0 <= self.hint_stage < (count := len(outputs.features)):
+                raise ValueError(
+                    f"config.hint_stage={self.hint_stage} is no stage of {field}, which returns {count} feature maps"
+                    + (f"; take 0 to {count - 1}" if count else "")
+                )
+        return student.features[self.hint_stage], teacher.features[self.hint_stage]
+
+
+class Regressor(nn.Module):
+    """From the student's map to one of the teacher's size."""
+
+    features: int  # the teacher's channels
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    transposed: bool = False
+
+    @classmethod
+    def between(cls, s, t) -> "Regressor":
+        """The regressor for two maps, [B, H, W, K] each; ValueError where none leads from one side to the other."""
+        here, there, features = s.shape[1], t.shape[1], t.shape[-1]
+        if here == 2 * there:
+            return cls(features, 3, stride=2, padding=1)
+        if 2 * here == there:
+            return cls(features, 4, stride=2, padding=2, transposed=True)
+        if here < there:
+            raise ValueError(
+                f"config.hint_stage names a map of side {here} in config.student and of side {there} in "
+                "config.teacher; a regressor leads to the same side, twice as much, or less: name another stage"
+            )
+        return cls(features, 1 + here - there)
+
+    @nn.compact
+    def __call__(self, x):
+        """[B, H, W, K] -> [B, H', W', features]."""
+        layer = nn.ConvTranspose if self.transposed else nn.Conv
+        size, padding = (self.kernel,) * 2, ((self.padding,) * 2,) * 2
+        convolve = layer(self.features, size, (self.stride,) * 2, padding, use_bias=False, kernel_init=torch_default)
+        return nn.relu(_maps.BatchNorm()(convolve(x)))

@@ -1,0 +1,381 @@
+"""The methods that compare feature maps or embeddings, each against its formula in PyTorch, in float64.
+
+tests/test_methods.py has what every method keeps. A method of this kind is named there in FEATURES, and here in
+REFERENCES.
+"""
+
+import functools
+import importlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_methods import FEATURES, context, jit
+
+from rkd_jax import methods, models, train
+from rkd_jax.methods import _maps, crd
+from rkd_jax.models import Outputs
+from rkd_jax.report import paper
+
+torch = pytest.importorskip("torch")
+F = torch.nn.functional
+
+BATCH, CLASSES, EXAMPLES = 4, 6, 9
+MAPS = {  # [side, channels] from the stem on
+    "student": ((8, 3), (8, 5), (4, 6), (2, 10)),
+    "teacher": ((8, 4), (8, 6), (4, 8), (2, 12)),
+    "smaller teacher": ((8, 4), (4, 6), (2, 8), (2, 12)),
+    "larger teacher": ((8, 4), (8, 6), (8, 8), (4, 12)),
+    "longer teacher": ((8, 4), (8, 7), (8, 6), (4, 8), (2, 12)),
+}
+Y, INDEX = np.array([0, 3, 5, 3], np.int32), np.array([7, 2, 0, 5], np.int32)
+
+
+def outputs(seed, maps):
+    """Random outputs of a network, float64."""
+    rng = np.random.default_rng(seed)
+    features = [rng.normal(size=(BATCH, side, side, channels)) for side, channels in maps]
+    class_maps = rng.normal(size=(BATCH, maps[-1][0], maps[-1][0], CLASSES))
+    embedding = rng.normal(size=(BATCH, maps[-1][1]))
+    relu = tuple(np.maximum(x, 0) for x in features)
+    return Outputs(class_maps.mean((1, 2)), relu, embedding, tuple(features), class_maps)
+
+
+def shapes(found):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), found)
+
+
+# The formulas.
+
+
+def batch_norm(x, params):
+    return F.batch_norm(x, None, None, params["scale"], params["bias"], training=True)
+
+
+def dense(x, params):
+    """A 1x1 convolution."""
+    kernel, bias = params["kernel"], params.get("bias")
+    return F.conv2d(x, kernel.T[:, :, None, None], bias)
+
+
+def resize(s, t):
+    side = min(s.shape[-1], t.shape[-1])
+    return [F.adaptive_avg_pool2d(x, side) for x in (s, t)]
+
+
+def reference_fitnets(m, params, s, t):
+    s, t = (side.features[m["hint_stage"]] for side in (s, t))
+    here, there = s.shape[-1], t.shape[-1]
+    if 2 * here == there:
+        kernel = params["ConvTranspose_0"]["kernel"].permute(2, 3, 0, 1).flip(2, 3)
+        found = F.conv_transpose2d(s, kernel, stride=2, padding=1)
+    else:
+        kernel = params["Conv_0"]["kernel"].permute(3, 2, 0, 1)
+        found = F.conv2d(s, kernel, stride=2, padding=1) if here == 2 * there else F.conv2d(s, kernel)
+    return {"hint": m["beta"] * F.mse_loss(F.relu(batch_norm(found, params["BatchNorm_0"])), t)}
+
+
+def stages(s, t, kind="features"):
+    ours, theirs = s.features[1:], getattr(t, kind)[1:]
+    count = min(len(ours), len(theirs))
+    return list(zip(ours[-count:], theirs[-count:], strict=True))
+
+
+def reference_at(m, params, s, t):
+    def attention(x):
+        return F.normalize(x.pow(2).mean(1).reshape(BATCH, -1))
+
+    distances = [F.mse_loss(*map(attention, resize(a, b))) for a, b in stages(s, t)]
+    return {"attention": m["beta"] * sum(distances)}
+
+
+def reference_sp(m, params, s, t):
+    flat = [x.permute(0, 2, 3, 1).reshape(BATCH, -1) for x in stages(s, t)[-1]]
+    gram_s, gram_t = (F.normalize(x @ x.T) for x in flat)
+    return {"similarity": m["beta"] * (gram_t - gram_s).pow(2).sum() / BATCH**2}
+
+
+def reference_ickd(m, params, s, t):
+    s, t = stages(s, t)[-1]
+    s = batch_norm(dense(s, params["Dense_0"]), params["BatchNorm_0"])
+    gram_s, gram_t = (F.normalize(x.flatten(2) @ x.flatten(2).transpose(1, 2), dim=2) for x in (s, t))
+    return {"correlation": m["beta"] * (gram_t - gram_s).pow(2).sum() / (t.shape[1] * BATCH)}
+
+
+def reference_vid(m, params, s, t):
+    total = 0
+    for own, stage in zip(params, stages(s, t), strict=True):
+        x, target = resize(*stage)
+        for i in range(3):
+            x = dense(F.relu(x) if i else x, own["mean"][f"Dense_{i}"])
+        v = torch.log(1 + torch.exp(own["variance"]))[:, None, None] + 1e-5
+        total = total + (0.5 * ((x - target) ** 2 / v + torch.log(v))).mean()
+    return {"information": m["beta"] * total}
+
+
+def reference_cat_kd(m, params, s, t):
+    cells = [F.adaptive_avg_pool2d(side.class_maps, m["map_resolution"]) for side in (s, t)]
+    if m["normalize_maps"]:
+        cells = [F.normalize(x, dim=(2, 3)) for x in cells]
+    return {"class_maps": m["beta"] * F.mse_loss(*cells)}
+
+
+def reference_reviewkd(m, params, s, t):
+    pairs = [*stages(s, t, "preactivations"), (s.embedding[:, :, None, None], t.embedding[:, :, None, None])][::-1]
+    dense_names, norms = iter(range(100)), iter(range(100))
+    below, total = None, 0
+    for level, (x, target) in enumerate(pairs):
+        x = dense(x, params[f"Dense_{next(dense_names)}"])
+        x = batch_norm(x, params[f"BatchNorm_{next(norms)}"])
+        if below is not None:
+            below = F.interpolate(below, x.shape[-2:], mode="nearest")
+            mix = torch.sigmoid(dense(torch.cat([x, below], 1), params[f"Dense_{next(dense_names)}"]))
+            x = x * mix[:, :1] + below * mix[:, 1:]
+        below = F.interpolate(x, target.shape[-2:], mode="nearest")
+        found = F.conv2d(below, params[f"Conv_{level}"]["kernel"].permute(3, 2, 0, 1), padding=1)
+        found = batch_norm(found, params[f"BatchNorm_{next(norms)}"])
+        loss, weight, weights = F.mse_loss(found, target), 1.0, 1.0
+        for side in (4, 2, 1):
+            if side < found.shape[-1]:
+                weight /= 2
+                weights += weight
+                loss = loss + weight * F.mse_loss(*(F.adaptive_avg_pool2d(y, side) for y in (found, target)))
+        total = total + loss / weights
+    return {"review": m["beta"] * min(4 / 20, 1) * total}  # the fourth epoch
+
+
+def reference_crd(m, params, s, t):
+    """In the first batch, with all examples but those of the batch that have the same label."""
+    state = methods.create("crd", **m).init(jax.random.key(0), shapes(S), shapes(T), EXAMPLES)[1]
+    bank = {side: torch.from_numpy(np.asarray(state[side]["bank"], np.float64)) for side in ("student", "teacher")}
+    found = {}
+    for side, other, own in (("student", "teacher", s), ("teacher", "student", t)):
+        layer = params[side]["Dense_0"]
+        e = F.normalize(own.embedding @ layer["kernel"] + layer["bias"])
+        p = torch.exp(e @ bank[other].T / m["temperature"])
+        rows = []
+        for i in range(BATCH):
+            same = [j for j in range(EXAMPLES) if j in INDEX and Y[list(INDEX).index(j)] == Y[i]]
+            rows.append((p[i, INDEX[i]], p[i, [j for j in range(EXAMPLES) if j not in same]]))
+        taken = torch.cat([torch.cat([positive[None], negative]) for positive, negative in rows])
+        partition = taken.mean().detach() * EXAMPLES
+        total = 0
+        for positive, negative in rows:
+            noise = len(negative) / EXAMPLES
+            positive, negative = positive / partition, negative / partition
+            total = total - torch.log(positive / (positive + noise + 1e-7))
+            total = total - torch.log(noise / (negative + noise + 1e-7)).sum()
+        found[f"{side}_contrast"] = m["beta"] * total / BATCH
+    return found
+
+
+NO_REGRESSOR = {("fitnets", "tinyimagenet_res18_mv2")}  # from a side of 17 to one of 32
+REFERENCES = {
+    "at": reference_at,
+    "cat_kd": reference_cat_kd,
+    "crd": reference_crd,
+    "fitnets": reference_fitnets,
+    "ickd": reference_ickd,
+    "reviewkd": reference_reviewkd,
+    "sp": reference_sp,
+    "vid": reference_vid,
+}
+S, T = outputs(0, MAPS["student"]), outputs(1, MAPS["teacher"])
+CASES = [(name, {}, "teacher") for name in sorted(FEATURES)] + [
+    *((name, {}, "longer teacher") for name in ("at", "ickd", "reviewkd", "sp", "vid")),
+    *((name, {}, "smaller teacher") for name in ("at", "fitnets", "reviewkd", "vid")),
+    *((name, {}, "larger teacher") for name in ("at", "fitnets", "reviewkd", "vid")),
+    ("fitnets", {"hint_stage": 1}, "larger teacher"),
+    ("cat_kd", {"map_resolution": 4, "normalize_maps": True}, "teacher"),
+    ("cat_kd", {"map_resolution": 3}, "larger teacher"),
+    ("vid", {"initial_variance": 0.5}, "teacher"),
+]  # fmt: skip
+
+
+def in_torch(tree):
+    """NHWC arrays as NCHW leaves of a graph; the method's parameters as they are."""
+
+    def one(x):
+        x = torch.tensor(np.asarray(x, np.float64))
+        return (x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x).requires_grad_()
+
+    return jax.tree.map(one, tree)
+
+
+@pytest.mark.parametrize(("name", "fields", "kind"), CASES, ids=[f"{n}-{k}-{len(f)}" for n, f, k in CASES])
+def test_values_and_gradients_are_pytorchs(name, fields, kind):
+    method, s, t = methods.create(name, **fields), S, outputs(1, MAPS[kind])
+    params, state = method.init(jax.random.key(0), shapes(s), shapes(t), EXAMPLES)
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
+    batch = {"label": Y, "index": INDEX}
+
+    def loss(params, s):
+        found, _, _ = method.loss(params, state, s, t, batch, context(3.5))
+        return sum(found.values()), found
+
+    with jax.enable_x64(True):
+        (_, found), (of_params, of_s) = jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(params, s)
+
+    theirs = in_torch(s)
+    # A kernel of rank 4 would be taken for a map: parameters keep their order of axes.
+    own = jax.tree.map(lambda x: torch.tensor(np.asarray(x)).requires_grad_(), params)
+    expected = REFERENCES[name](methods.hyperparameters(method), own, theirs, in_torch(t))
+    expected["label"] = F.cross_entropy(theirs.logits, torch.tensor(Y).long())
+    sum(expected.values()).backward()
+    assert {*found} == {*expected}
+    for term, value in found.items():
+        np.testing.assert_allclose(value, expected[term].item(), rtol=1e-9, err_msg=term)
+    for ours, reference in ((of_params, own), (of_s, theirs)):
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(reference), strict=True):
+            want = torch.zeros_like(b) if b.grad is None else b.grad
+            want = want.permute(0, 2, 3, 1) if ours is of_s and want.ndim == 4 else want
+            np.testing.assert_allclose(a, want, rtol=1e-7, atol=1e-9, err_msg=f"{name} {jax.tree_util.keystr(path)}")
+    assert max(np.abs(x).max() for x in jax.tree.leaves(of_s._replace(logits=np.zeros(1)))) > 1e-6
+
+
+@pytest.mark.parametrize("name", ["at", "cat_kd", "sp"])
+def test_least_at_the_teacher(name):
+    method = methods.create(name)
+    one = lambda s, t: method.loss({}, {}, s, t, {"label": Y, "index": INDEX}, context(3.5))[0]  # noqa: E731
+    (term,) = set(one(S, S)) - {"label"}
+    np.testing.assert_allclose(one(S, S)[term], 0, atol=1e-6)
+    near = jax.tree.map(lambda a, b: a + 0.1 * b, S, outputs(2, MAPS["student"]))
+    assert 1e-6 < one(near, S)[term] < one(outputs(2, MAPS["student"]), S)[term]
+
+
+@pytest.mark.parametrize(("size", "side"), [(8, 4), (8, 3), (2, 4), (7, 5), (66, 17), (1, 8), (4, 4), (9, 2)])
+def test_resampling_is_pytorchs(size, side):
+    x = np.random.default_rng(0).normal(size=(2, size, size + 1, 3))
+    with jax.enable_x64(True):
+        pooled, chosen = _maps.pool(x, side), _maps.nearest(x, side)
+    x = torch.tensor(x).permute(0, 3, 1, 2)
+    for found, expected in (
+        (pooled, F.adaptive_avg_pool2d(x, side)),
+        (chosen, F.interpolate(x, (side, side), mode="nearest")),
+    ):
+        np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1), rtol=1e-12, atol=1e-12)
+
+
+# CRD's banks.
+
+
+def test_crds_banks_are_running_averages_and_its_partition_stays():
+    method = methods.create("crd", embedding_dim=5, bank_momentum=0.3)
+    params, state = method.init(jax.random.key(0), shapes(S), shapes(T), EXAMPLES)
+    bank = {side: np.array(state[side]["bank"]) for side in ("student", "teacher")}
+    partitions = []
+    for step, index in enumerate(([7, 2, 0, 5], [1, 2, 8, 5])):
+        s, t = outputs(step, MAPS["student"]), outputs(10 + step, MAPS["teacher"])
+        batch = {"label": jnp.array(Y), "index": jnp.array(index)}
+        _, state, _ = jit(method.loss)(params, state, s, t, batch, context(step))
+        for side, own in (("student", s), ("teacher", t)):
+            layer = params[side]["Dense_0"]
+            e = own.embedding @ np.asarray(layer["kernel"], np.float64) + layer["bias"]
+            e = 0.3 * bank[side][index] + 0.7 * e / np.linalg.norm(e, axis=1, keepdims=True)
+            bank[side][index] = e / np.linalg.norm(e, axis=1, keepdims=True)
+            np.testing.assert_allclose(state[side]["bank"], bank[side], rtol=1e-5, atol=1e-6)
+        partitions.append([float(state[side]["log_partition"]) for side in ("student", "teacher")])
+    assert partitions[0] == partitions[1]
+    assert np.isfinite(partitions[0]).all()
+    np.testing.assert_array_equal(state["label"], [5, 0, 3, -1, -1, 3, -1, 0, 5])
+
+
+def test_crds_negatives_are_of_other_classes_and_as_many_as_asked_for():
+    count, classes, asked = 3000, 10, 700
+    label = np.arange(count) % classes
+    method = methods.create("crd", num_negatives=asked)
+    params, state = method.init(jax.random.key(0), shapes(S), shapes(T), count)
+    state["label"] = jnp.array(label)
+    seen = []
+    original = crd.nce
+
+    def nce(scores, own, chosen, expected, log_partition):
+        seen.append((own, chosen, expected))
+        return original(scores, own, chosen, expected, log_partition)
+
+    index = np.array([3, 14, 159, 2653])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(crd, "nce", nce)
+        _, _, metrics = method.loss(
+            params, state, S, T, {"label": jnp.array(label[index]), "index": jnp.array(index)}, context(0)
+        )
+    own, chosen, expected = map(np.asarray, seen[0])
+    assert (np.nonzero(own)[1] == index).all()
+    assert (expected == asked).all()
+    for i, row in enumerate(chosen):
+        assert not (label[row] == label[index[i]]).any()
+        assert abs(row.sum() - asked) < 5 * (asked * (1 - asked / (0.9 * count))) ** 0.5
+        assert len(set(label[row])) == classes - 1
+    assert not (chosen[0] == chosen[1]).all()
+    np.testing.assert_allclose(metrics["negatives"], chosen.sum(-1).mean())
+
+
+def test_resumed_run_is_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
+    """Of a method with parameters and a state: the same bits."""
+    config = tiny(method="crd", num_steps=8, checkpoint_seconds=0.0)
+    whole = train.train_and_evaluate(config, tmp_path / "a")
+    log = train.Student.log
+
+    def stop(self, step, totals, speed):
+        log(self, step, totals, speed)
+        if step == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Student, "log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train_and_evaluate(config, tmp_path / "b")
+    monkeypatch.setattr(train.Student, "log", log)
+    resumed = train.train_and_evaluate(config, tmp_path / "b")
+    assert resumed["last"] == whole["last"]
+
+
+# Every pair, and what cannot be.
+
+
+@functools.cache
+def traced(name, classes, side):
+    model = models.create(name, classes, image_size=side)
+    images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
+    return jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, train=False)[0], images)
+
+
+@pytest.mark.parametrize("pair", paper.PAIRS)
+def test_every_pair_of_the_paper(pair):
+    config = importlib.import_module(f"configs.{pair}").get_config()
+    classes, side = (100, 32) if config.dataset == "cifar100" else (200, 64)
+    student, teacher = (traced(name, classes, side) for name in (config.student, config.teacher))
+    batch = {"label": jnp.zeros(2, jnp.int32), "index": jnp.arange(2)}
+    for name in sorted(FEATURES):
+        method = methods.resolve(name, {}, config.dataset, config.teacher, config.student)
+
+        def loss(method, student, teacher):
+            params, state = method.init(jax.random.key(0), shapes(student), shapes(teacher), 10)
+            return method.loss(params, state, student, teacher, batch, context(0.0))[0]
+
+        if (name, pair) in NO_REGRESSOR:
+            with pytest.raises(ValueError, match=r"side 17 in config\.student and of side 32 in config\.teacher"):
+                jax.eval_shape(functools.partial(loss, method), student, teacher)
+            continue
+        found = jax.eval_shape(functools.partial(loss, method), student, teacher)
+        assert all(value.shape == () for value in found.values()), name
+
+
+@pytest.mark.parametrize("name", sorted(FEATURES - {"crd"}))
+def test_networks_without_maps_are_named(name):
+    bare = types.SimpleNamespace(student=Outputs(S.logits, (), S.embedding), teacher=Outputs(T.logits, (), T.embedding))
+    method = methods.create(name)
+    with pytest.raises(ValueError, match=r"config\.student"):
+        method.init(jax.random.key(0), shapes(bare.student), shapes(T), EXAMPLES)
+    with pytest.raises(ValueError, match=r"config\.teacher"):
+        method.init(jax.random.key(0), shapes(S), shapes(bare.teacher), EXAMPLES)
+
+
+def test_hints_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"config\.hint_stage=7 is no stage of config\.student.*take 0 to 3"):
+        methods.create("fitnets", hint_stage=7).init(jax.random.key(0), shapes(S), shapes(T), EXAMPLES)
+    with pytest.raises(ValueError, match=r"side 2 in config\.student and of side 8 in config\.teacher"):
+        methods.create("fitnets", hint_stage=3).init(
+            jax.random.key(0), shapes(S), shapes(outputs(0, [(8, 4)] * 4)), EXAMPLES
+        )
