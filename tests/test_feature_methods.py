@@ -6,21 +6,26 @@ REFERENCES.
 
 import functools
 import importlib
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_methods import FEATURES, context, jit
+from test_train import assert_same
 
-from rkd_jax import methods, models, train
+from rkd_jax import experiment, methods, models, train
+from rkd_jax.checkpoint import Checkpoints
 from rkd_jax.methods import _maps, crd
 from rkd_jax.models import Outputs
 from rkd_jax.report import paper
 
-torch = pytest.importorskip("torch")
-F = torch.nn.functional
+try:
+    import torch
+    from torch.nn import functional as F
+except ImportError:
+    torch = None
+needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed")
 
 BATCH, CLASSES, EXAMPLES = 4, 6, 9
 MAPS = {  # [side, channels] from the stem on
@@ -204,6 +209,7 @@ def in_torch(tree):
     return jax.tree.map(one, tree)
 
 
+@needs_torch
 @pytest.mark.parametrize(("name", "fields", "kind"), CASES, ids=[f"{n}-{k}-{len(f)}" for n, f, k in CASES])
 def test_values_and_gradients_are_pytorchs(name, fields, kind):
     method, s, t = methods.create(name, **fields), S, outputs(1, MAPS[kind])
@@ -245,15 +251,16 @@ def test_least_at_the_teacher(name):
     assert 1e-6 < one(near, S)[term] < one(outputs(2, MAPS["student"]), S)[term]
 
 
+@needs_torch
 @pytest.mark.parametrize(("size", "side"), [(8, 4), (8, 3), (2, 4), (7, 5), (66, 17), (1, 8), (4, 4), (9, 2)])
 def test_resampling_is_pytorchs(size, side):
     x = np.random.default_rng(0).normal(size=(2, size, size + 1, 3))
     with jax.enable_x64(True):
-        pooled, chosen = _maps.pool(x, side), _maps.nearest(x, side)
+        pooled, chosen = _maps.pool(x, (side, side + 1)), _maps.nearest(x, (side, side + 1))
     x = torch.tensor(x).permute(0, 3, 1, 2)
     for found, expected in (
-        (pooled, F.adaptive_avg_pool2d(x, side)),
-        (chosen, F.interpolate(x, (side, side), mode="nearest")),
+        (pooled, F.adaptive_avg_pool2d(x, (side, side + 1))),
+        (chosen, F.interpolate(x, (side, side + 1), mode="nearest")),
     ):
         np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1), rtol=1e-12, atol=1e-12)
 
@@ -313,7 +320,7 @@ def test_crds_negatives_are_of_other_classes_and_as_many_as_asked_for():
 
 
 def test_resumed_run_is_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
-    """Of a method with parameters and a state: the same bits."""
+    """Of a method with parameters and a state: the same bits of both, too."""
     config = tiny(method="crd", num_steps=8, checkpoint_seconds=0.0)
     whole = train.train_and_evaluate(config, tmp_path / "a")
     log = train.Student.log
@@ -329,6 +336,10 @@ def test_resumed_run_is_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Student, "log", log)
     resumed = train.train_and_evaluate(config, tmp_path / "b")
     assert resumed["last"] == whole["last"]
+    template = experiment.build(config).create_state(jax.random.key(0))
+    states = [Checkpoints(tmp_path / name / "checkpoints").restore(template, 8)[0] for name in "ab"]
+    for part in (lambda state: state.params["method"], lambda state: state.method_state):
+        assert_same(*map(part, states))
 
 
 # Every pair, and what cannot be.
@@ -355,7 +366,7 @@ def test_every_pair_of_the_paper(pair):
             return method.loss(params, state, student, teacher, batch, context(0.0))[0]
 
         if (name, pair) in NO_REGRESSOR:
-            with pytest.raises(ValueError, match=r"side 17 in config\.student and of side 32 in config\.teacher"):
+            with pytest.raises(ValueError, match=r"17 x 17 in config\.student and of 32 x 32 in config\.teacher"):
                 jax.eval_shape(functools.partial(loss, method), student, teacher)
             continue
         found = jax.eval_shape(functools.partial(loss, method), student, teacher)
@@ -364,18 +375,44 @@ def test_every_pair_of_the_paper(pair):
 
 @pytest.mark.parametrize("name", sorted(FEATURES - {"crd"}))
 def test_networks_without_maps_are_named(name):
-    bare = types.SimpleNamespace(student=Outputs(S.logits, (), S.embedding), teacher=Outputs(T.logits, (), T.embedding))
     method = methods.create(name)
-    with pytest.raises(ValueError, match=r"config\.student"):
-        method.init(jax.random.key(0), shapes(bare.student), shapes(T), EXAMPLES)
-    with pytest.raises(ValueError, match=r"config\.teacher"):
-        method.init(jax.random.key(0), shapes(S), shapes(bare.teacher), EXAMPLES)
+    field = "class_maps" if name == "cat_kd" else "features"
+    bare, message = Outputs(S.logits, (), S.embedding), f"reads the student's {field}, and config.student returns none"
+    with pytest.raises(ValueError, match=message):
+        method.init(jax.random.key(0), shapes(bare), shapes(T), EXAMPLES)
+    field = "preactivations" if name == "reviewkd" else field
+    bare = T._replace(**{field: None if name == "cat_kd" else ()})
+    with pytest.raises(
+        ValueError, match=f"reads the teacher's {field}, and config.teacher returns none; return {field}"
+    ):
+        method.init(jax.random.key(0), shapes(S), shapes(bare), EXAMPLES)
+    if name not in ("cat_kd", "fitnets"):
+        with pytest.raises(ValueError, match=r"config\.student returns 1 of at least 2"):
+            method.init(jax.random.key(0), shapes(S._replace(features=S.features[:1])), shapes(T), EXAMPLES)
+
+
+@pytest.mark.parametrize("name", sorted(FEATURES))
+def test_images_that_are_not_square(name):
+    """Maps of twice the width, each pixel twice: what is averaged over positions stays, and all else has a value."""
+    wide = [jax.tree.map(lambda x: x.repeat(2, axis=2) if x.ndim == 4 else x, side) for side in (S, T)]
+    method = methods.create(name)
+    batch = {"label": Y, "index": INDEX}
+
+    def loss(s, t):
+        params, state = method.init(jax.random.key(0), shapes(s), shapes(t), EXAMPLES)
+        return method.loss(params, state, s, t, batch, context(3.5))[0]
+
+    found, square = jit(loss)(*wide), jit(loss)(S, T)
+    assert all(np.isfinite(value) for value in found.values())
+    if name in ("vid", "ickd", "sp"):
+        for term in found:
+            np.testing.assert_allclose(found[term], square[term], rtol=1e-4)
 
 
 def test_hints_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"config\.hint_stage=7 is no stage of config\.student.*take 0 to 3"):
+    with pytest.raises(ValueError, match=r"config\.hint_stage=7 is no stage of both networks; take 0 to 3"):
         methods.create("fitnets", hint_stage=7).init(jax.random.key(0), shapes(S), shapes(T), EXAMPLES)
-    with pytest.raises(ValueError, match=r"side 2 in config\.student and of side 8 in config\.teacher"):
+    with pytest.raises(ValueError, match=r"2 x 2 in config\.student and of 8 x 8 in config\.teacher"):
         methods.create("fitnets", hint_stage=3).init(
             jax.random.key(0), shapes(S), shapes(outputs(0, [(8, 4)] * 4)), EXAMPLES
         )

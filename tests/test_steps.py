@@ -128,7 +128,7 @@ def test_student_updates_its_batch_statistics_per_view(tiny):
     assert min(change) > 0
 
 
-@pytest.mark.parametrize("method", ["ranking_alignment", "crld"])
+@pytest.mark.parametrize("method", ["ranking_alignment", "crld", "crd"])  # crd has parameters and a state
 def test_views_in_one_batch_are_views_in_turn(tiny, method):
     config = tiny(views="both", student="wrn_16_1", method=method)
     run, found = experiment.build(config), []
@@ -141,7 +141,7 @@ def test_views_in_one_batch_are_views_in_turn(tiny, method):
         state = steps.replicate(run.create_state(RNG), mesh)
         with _conv.xla_alone():  # as on a GPU
             (state,), (metrics,) = step((state,), inputs, steps.epoch_order(RNG, 0, 64))
-        found.append(jax.device_get((metrics, state.params, state.batch_stats)))
+        found.append(jax.device_get((metrics, state.params, state.batch_stats, state.method_state)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), *found)
 
 

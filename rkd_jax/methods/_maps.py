@@ -1,6 +1,7 @@
 """What the methods that compare feature maps share: pairs of maps, their sizes, and the layers they train."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -12,63 +13,70 @@ from rkd_jax import losses
 from rkd_jax.models import Outputs
 from rkd_jax.models.layers import EPSILON
 
-TINY = 1e-12  # the least norm that `unit` divides by
+TINY = 1e-12
 
 
-def pairs(name: str, student: Outputs, teacher: Outputs, kind: str = "features") -> list[tuple[Any, Any]]:
+def both(name: str, student: Outputs, teacher: Outputs, ours: str, theirs: str = "", least: int = 1) -> tuple[Any, Any]:
+    """A field of each network's outputs; ValueError where it is None, or has fewer maps than `least`."""
+    found = []
+    for side, outputs, field in (("student", student, ours), ("teacher", teacher, theirs or ours)):
+        value = getattr(outputs, field)
+        if value is None or (isinstance(value, tuple) and len(value) < least):
+            count = f"{len(value)} of at least {least}" if value else "none"
+            raise ValueError(
+                f"config.method={name!r} reads the {side}'s {field}, and config.{side} returns {count}; return "
+                f"{field} in rkd_jax.models.Outputs, or take a network of rkd_jax.models"
+            )
+        found.append(value)
+    return found[0], found[1]
+
+
+def pairs(name: str, student: Outputs, teacher: Outputs, theirs: str = "features") -> list[tuple[Any, Any]]:
     """The maps of the student's stages, each with the teacher's; without the stem's, as every released code has it.
 
-    Where one network has more stages, the last ones are paired: they are as far from the logits. `kind` is the
-    teacher's: "features" or "preactivations". ValueError where a network returns no maps.
+    Where one network has more stages, the last ones are paired: they are as far from the logits. `theirs` is the
+    teacher's field: "features" or "preactivations". ValueError where a network returns no maps.
     """
-    ours, theirs = student.features[1:], getattr(teacher, kind)[1:]
-    for field, maps in (("config.student", ours), ("config.teacher", theirs)):
-        if not maps:
-            raise ValueError(
-                f"config.method={name!r} compares feature maps, and {field} returns none behind its stem; return them "
-                "in rkd_jax.models.Outputs, or take a network of rkd_jax.models"
-            )
-    count = min(len(ours), len(theirs))
-    return list(zip(ours[-count:], theirs[-count:], strict=True))
+    s, t = both(name, student, teacher, "features", theirs, least=2)
+    count = min(len(s), len(t)) - 1
+    return list(zip(s[-count:], t[-count:], strict=True))
 
 
-def same_side(s: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both maps with the sides of the smaller, the larger averaged; [B, H, W, K], [B, H', W', K'] -> the same ranks."""
-    return pool(s, min(s.shape[1], t.shape[1])), pool(t, min(s.shape[1], t.shape[1]))
+def same_size(s: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both maps in the smaller's size, [B, H, W, K], [B, H', W', K'], along each axis the larger's averages."""
+    size = tuple(map(min, s.shape[1:3], t.shape[1:3]))
+    return pool(s, size), pool(t, size)
 
 
-def pool(x: jax.Array, side: int) -> jax.Array:
-    """PyTorch's adaptive average pooling, [B, H, W, K] -> [B, side, side, K], in float32 at least."""
+def pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """PyTorch's adaptive average pooling, [B, H, W, K] -> [B, *size, K], in float32 at least."""
 
-    def averages(size: int) -> np.ndarray:
-        rows = [(i * size // side, math.ceil((i + 1) * size / side)) for i in range(side)]
-        return np.array([[(start <= j < end) / (end - start) for j in range(size)] for start, end in rows])
+    def averages(old: int, new: int) -> np.ndarray:
+        rows = [(i * old // new, math.ceil((i + 1) * old / new)) for i in range(new)]
+        return np.array([[(start <= j < end) / (end - start) for j in range(old)] for start, end in rows])
 
-    return _resample(x, averages(x.shape[1]), averages(x.shape[2]))
-
-
-def nearest(x: jax.Array, side: int) -> jax.Array:
-    """PyTorch's interpolation by the nearest, [B, H, W, K] -> [B, side, side, K], in float32 at least."""
-
-    def selection(size: int) -> np.ndarray:
-        return np.eye(size)[np.arange(side) * size // side]
-
-    return _resample(x, selection(x.shape[1]), selection(x.shape[2]))
+    return _resample(x, size, averages)
 
 
-def _resample(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
+def nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """PyTorch's interpolation by the nearest, [B, H, W, K] -> [B, *size, K], in float32 at least."""
+    return _resample(x, size, lambda old, new: np.eye(old)[np.arange(new) * old // new])
+
+
+def _resample(x: jax.Array, size: tuple[int, int], matrix: Callable[[int, int], np.ndarray]) -> jax.Array:
     """x by a matrix along each side: its gradient is two products too, and no scatter."""
     x = losses.promote(x)
-    if len(rows) == x.shape[1] and len(columns) == x.shape[2]:  # the same sides: nothing to do
+    if x.shape[1:3] == size:
         return x
-    rows, columns = (jnp.asarray(matrix, x.dtype) for matrix in (rows, columns))
+    rows, columns = (jnp.asarray(matrix(old, new), x.dtype) for old, new in zip(x.shape[1:3], size, strict=True))
     return jnp.einsum("bhwk,ih,jw->bijk", x, rows, columns, precision="highest")
 
 
 def unit(x: jax.Array) -> jax.Array:
-    """x / max(|x|, 1e-12) over the last axis, whose gradient at 0 is 0."""
+    """x / |x| over the last axis; 0, with a gradient of 0, where |x| is below 1e-12."""
     x = losses.promote(x)
-    return x / jnp.maximum(losses.norm(x), TINY)[..., None]
+    norm = losses.norm(x)[..., None]
+    return jnp.where(norm > TINY, x / jnp.maximum(norm, TINY), 0.0)
 
 
 class BatchNorm(nn.Module):

@@ -3,7 +3,7 @@
 L = CE(s, y) + beta * sum over stages of mean (A(F_s) - A(F_t))^2, A(F) = the mean of F^2 over channels, of norm 1 over
 positions
 
-Of two maps of a stage the larger is averaged to the smaller's side first, before squaring.
+Of two maps of a stage the larger is averaged to the smaller's size first, before squaring.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ class Method(base.Distiller):
         return {}, {}
 
     def loss(self, params, state, student, teacher, batch, context):
-        stages = [_maps.same_side(s, t) for s, t in _maps.pairs("at", student, teacher)]
+        stages = [_maps.same_size(s, t) for s, t in _maps.pairs("at", student, teacher)]
         distances = [((attention(s) - attention(t)) ** 2).mean() for s, t in stages]
         label = losses.cross_entropy(student.logits, batch["label"]).mean()
         return {"label": label, "attention": self.beta * sum(distances)}, state, {}

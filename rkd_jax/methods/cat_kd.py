@@ -1,7 +1,7 @@
 """Class attention transfer (Guo et al., CVPR 2023, arXiv:2304.12777).
 
-L = CE(s, y) + beta * mean (P(M_s) - P(M_t))^2, M = the classifier at each position of the last map, P = its average in
-map_resolution x map_resolution cells
+L = CE(s, y) + beta * mean (P(M_s) - P(M_t))^2, M = the classifier at each position of the map that the global
+average reads, P = its average in map_resolution x map_resolution cells
 
 Where `normalize_maps`, each class' cells are divided by their norm. The authors' networks have a classifier without
 bias; here the networks stay as they are, and M has it.
@@ -36,20 +36,15 @@ class Method(base.Distiller):
     }
 
     def init(self, rng, student, teacher, num_examples):
-        for field, outputs in (("config.student", student), ("config.teacher", teacher)):
-            if outputs.class_maps is None:
-                raise ValueError(
-                    f"config.method='cat_kd' compares class maps, and {field} returns none; return class_maps in "
-                    "rkd_jax.models.Outputs, or take a network of rkd_jax.models"
-                )
+        _maps.both("cat_kd", student, teacher, "class_maps")
         return {}, {}
 
     def loss(self, params, state, student, teacher, batch, context):
-        s, t = (self._cells(side.class_maps) for side in (student, teacher))
+        s, t = map(self._cells, _maps.both("cat_kd", student, teacher, "class_maps"))
         label = losses.cross_entropy(student.logits, batch["label"]).mean()
         return {"label": label, "class_maps": self.beta * ((s - t) ** 2).mean()}, state, {}
 
     def _cells(self, maps):
         """[B, H, W, C] -> [B, C, map_resolution^2]."""
-        cells = jnp.moveaxis(_maps.pool(maps, self.map_resolution), -1, 1).reshape(len(maps), maps.shape[-1], -1)
+        cells = jnp.moveaxis(_maps.pool(maps, (self.map_resolution,) * 2), -1, 1).reshape(len(maps), maps.shape[-1], -1)
         return _maps.unit(cells) if self.normalize_maps else cells

@@ -50,8 +50,7 @@ class Method(base.Distiller):
             for side, outputs in (("student", student), ("teacher", teacher))
         }
         known = state["label"].at[index].set(y, unique_indices=True)
-        own = jnp.arange(len(known)) == index[:, None]
-        others = (known != y[:, None]) & ~own
+        own, others = jnp.arange(len(known)) == index[:, None], known != y[:, None]
         count = others.sum(axis=-1, keepdims=True)
         chosen = others & (jax.random.uniform(context.rng, others.shape) < self.num_negatives / jnp.maximum(count, 1))
         expected = jnp.minimum(count, self.num_negatives)

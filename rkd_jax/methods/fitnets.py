@@ -36,20 +36,17 @@ class Method(base.Distiller):
         return terms, state, {}
 
     def _hints(self, student, teacher):
-        for field, outputs in (("config.student", student), ("config.teacher", teacher)):
-            if not 0 <= self.hint_stage < (count := len(outputs.features)):
-                raise ValueError(
-                    f"config.hint_stage={self.hint_stage} is no stage of {field}, which returns {count} feature maps"
-                    + (f"; take 0 to {count - 1}" if count else "")
-                )
-        return student.features[self.hint_stage], teacher.features[self.hint_stage]
+        sides = _maps.both("fitnets", student, teacher, "features")
+        if not 0 <= self.hint_stage < (count := min(map(len, sides))):
+            raise ValueError(f"config.hint_stage={self.hint_stage} is no stage of both networks; take 0 to {count - 1}")
+        return sides[0][self.hint_stage], sides[1][self.hint_stage]
 
 
 class Regressor(nn.Module):
     """From the student's map to one of the teacher's size."""
 
     features: int  # the teacher's channels
-    kernel: int
+    kernel: tuple[int, int]
     stride: int = 1
     padding: int = 0
     transposed: bool = False
@@ -57,22 +54,22 @@ class Regressor(nn.Module):
     @classmethod
     def between(cls, s, t) -> "Regressor":
         """The regressor for two maps, [B, H, W, K] each; ValueError where none leads from one side to the other."""
-        here, there, features = s.shape[1], t.shape[1], t.shape[-1]
-        if here == 2 * there:
-            return cls(features, 3, stride=2, padding=1)
-        if 2 * here == there:
-            return cls(features, 4, stride=2, padding=2, transposed=True)
-        if here < there:
+        (height, width), (to_height, to_width), features = s.shape[1:3], t.shape[1:3], t.shape[-1]
+        if (height, width) == (2 * to_height, 2 * to_width):
+            return cls(features, (3, 3), stride=2, padding=1)
+        if (2 * height, 2 * width) == (to_height, to_width):
+            return cls(features, (4, 4), stride=2, padding=2, transposed=True)
+        if height < to_height or width < to_width:
             raise ValueError(
-                f"config.hint_stage names a map of side {here} in config.student and of side {there} in "
-                "config.teacher; a regressor leads to the same side, twice as much, or less: name another stage"
+                f"config.hint_stage names a map of {height} x {width} in config.student and of {to_height} x "
+                f"{to_width} in config.teacher; a regressor leads to the same size, its double, or less: name another"
             )
-        return cls(features, 1 + here - there)
+        return cls(features, (1 + height - to_height, 1 + width - to_width))
 
     @nn.compact
     def __call__(self, x):
         """[B, H, W, K] -> [B, H', W', features]."""
         layer = nn.ConvTranspose if self.transposed else nn.Conv
-        size, padding = (self.kernel,) * 2, ((self.padding,) * 2,) * 2
-        convolve = layer(self.features, size, (self.stride,) * 2, padding, use_bias=False, kernel_init=torch_default)
+        strides, padding = (self.stride,) * 2, ((self.padding,) * 2,) * 2
+        convolve = layer(self.features, self.kernel, strides, padding, use_bias=False, kernel_init=torch_default)
         return nn.relu(_maps.BatchNorm()(convolve(x)))

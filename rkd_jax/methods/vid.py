@@ -3,7 +3,7 @@
 L = CE(s, y) + beta * sum over stages of mean 0.5 * ((m(F_s) - F_t)^2 / v + log v), v = softplus(a) + 1e-5
 
 m is three 1x1 convolutions with ReLUs between, and a one number for each channel of the teacher; both are trained
-beside the student. Of two maps of a stage the larger is averaged to the smaller's side. The term is a negative
+beside the student. Of two maps of a stage the larger is averaged to the smaller's size. The term is a negative
 log-likelihood and may fall below 0. In mdistiller's code v stays as it begins, for its optimizer never gets a; here it
 is trained, as in RepDistiller's.
 """
@@ -28,7 +28,8 @@ class Method(base.Distiller):
     initial_variance: float = base.positive(5.0)  # v at first
 
     def init(self, rng, student, teacher, num_examples):
-        start = math.log(math.expm1(max(self.initial_variance - LEAST, LEAST)))
+        variance = max(self.initial_variance - LEAST, LEAST)
+        start = variance + math.log(-math.expm1(-variance))  # softplus(start) = variance
         params = [
             {
                 "mean": _maps.init(Mean(t.shape[-1]), jax.random.fold_in(rng, i), s),
@@ -41,7 +42,7 @@ class Method(base.Distiller):
     def loss(self, params, state, student, teacher, batch, context):
         total = 0.0
         for own, stage in zip(params, _maps.pairs("vid", student, teacher), strict=True):
-            s, t = _maps.same_side(*stage)
+            s, t = _maps.same_size(*stage)
             mean = _maps.apply(Mean(t.shape[-1]), own["mean"], s)
             variance = jax.nn.softplus(own["variance"]) + LEAST
             total += 0.5 * ((mean - t) ** 2 / variance + jnp.log(variance)).mean()
