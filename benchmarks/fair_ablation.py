@@ -33,6 +33,12 @@ MEMBERS = {
     "ranking_alignment, eps 0.05": {**RANKING, "eps": 0.05, "rank_scale": "logits"},
     "ranking_alignment, eps 0.01": {**RANKING, "eps": 0.01, "rank_scale": "logits"},
 }
+OTHERS = {  # not of the default run
+    **{name: {"method": name} for name in ("fitnets", "at", "vid", "crd", "sp", "ickd")},
+    "reviewkd": {"method": "reviewkd", "beta": 0.6},  # its authors' weight for resnet56 > resnet20
+    "cat_kd": {"method": "cat_kd", "beta": 0.7},  # likewise
+}
+CHOICES = MEMBERS | OTHERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +62,10 @@ def main():
     parser.add_argument(
         "--losses",
         nargs="+",
-        choices=MEMBERS,
+        choices=CHOICES,
         default=list(MEMBERS),
         metavar="LOSS",
-        help=", ".join(map(repr, MEMBERS)),
+        help=", ".join(map(repr, CHOICES)),
     )
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=6)
@@ -76,7 +82,7 @@ def main():
     for name in flags.losses:
         for seed in range(flags.seeds):
             config = shared.copy_and_resolve_references()
-            config.update(seed=seed, **MEMBERS[name])
+            config.update(seed=seed, **CHOICES[name])
             folders[name, seed] = flags.workdir / f"{name.replace(', ', '_').replace(' ', '=')}-seed{seed}"
             members.append((config, folders[name, seed]))
     summaries = train.train_together(members)
