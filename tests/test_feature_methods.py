@@ -200,7 +200,7 @@ CASES = [(name, {}, "teacher") for name in sorted(FEATURES)] + [
 
 
 def in_torch(tree):
-    """NHWC arrays as NCHW leaves of a graph; the method's parameters as they are."""
+    """Outputs as leaves of a graph, their maps NCHW."""
 
     def one(x):
         x = torch.tensor(np.asarray(x, np.float64))

@@ -13,7 +13,7 @@ from rkd_jax import losses
 from rkd_jax.models import Outputs
 from rkd_jax.models.layers import EPSILON
 
-TINY = 1e-12
+TINY = 1e-12  # a norm below it is taken for 0
 
 
 def both(name: str, student: Outputs, teacher: Outputs, ours: str, theirs: str = "", least: int = 1) -> tuple[Any, Any]:
