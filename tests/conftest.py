@@ -1,5 +1,6 @@
 """What every test shares: where real data may lie, a compilation cache, and a run small enough for a test."""
 
+import functools
 import os
 import tempfile
 import urllib.error
@@ -53,6 +54,12 @@ def teacher(tmp_path_factory):
         path, variables, {"network": "resnet8", "num_classes": 10, "mean": splits.mean, "std": splits.std}
     )
     return path
+
+
+@pytest.fixture
+def fast_compile(monkeypatch):
+    """What jax.jit is given from here on compiles in two thirds of the time, and is slower to run."""
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=FAST_COMPILE))
 
 
 @pytest.fixture

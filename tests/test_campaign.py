@@ -18,6 +18,8 @@ from rkd_jax import checkpoint, data, train
 from rkd_jax.data import _prepared
 from rkd_jax.report import campaign, cells, pack, run, tables
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 TIMES = ("seconds", "images_per_second", "date", "command")
 
 

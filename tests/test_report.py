@@ -11,6 +11,8 @@ import pytest
 from rkd_jax import data, methods
 from rkd_jax.report import cells, paper, run, tables
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 PAIR = "cifar100_res32x4_res8x4"
 EVERY = [1, 2, 3, 4, 5]
 

@@ -13,6 +13,8 @@ from PIL import Image
 
 from rkd_jax import data, evaluate, runs
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 OWN = """
 from flax import linen as nn
 

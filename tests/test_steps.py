@@ -107,6 +107,7 @@ def test_teacher_sees_the_same_view_with_its_own_normalisation(tiny):
     np.testing.assert_allclose(metrics["teacher"], expected, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("fast_compile")
 def test_terms_are_summed_or_averaged_over_the_views(tiny):
     found = {}
     for reduction in ("sum", "mean"):
@@ -118,6 +119,7 @@ def test_terms_are_summed_or_averaged_over_the_views(tiny):
     np.testing.assert_allclose(found["sum"]["top1"], found["mean"]["top1"])
 
 
+@pytest.mark.usefixtures("fast_compile")
 def test_student_updates_its_batch_statistics_per_view(tiny):
     _, state, inputs, step = prepare(tiny(views="both", crop_padding=0, method="cross_entropy"))
     before = jax.device_get(state.batch_stats)
@@ -128,6 +130,7 @@ def test_student_updates_its_batch_statistics_per_view(tiny):
     assert min(change) > 0
 
 
+@pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize("method", ["ranking_alignment", "crld", "crd"])  # crd has parameters and a state
 def test_views_in_one_batch_are_views_in_turn(tiny, method):
     config = tiny(views="both", student="wrn_16_1", method=method)
@@ -164,6 +167,7 @@ class PerTerm(Probe):
         return optax.GradientTransformationExtraArgs(lambda params: {"label": params, "distill": params}, update)
 
 
+@pytest.mark.usefixtures("fast_compile")
 def test_gradients_per_term(tiny):
     _, state, inputs, step = prepare(tiny(), PerTerm())
     before = jax.device_get(state.params)

@@ -10,6 +10,8 @@ from test_train import assert_same, network, records
 from rkd_jax import feed, runs, steps, train
 from rkd_jax.data import Split
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 
 @pytest.mark.parametrize("every", [(3, 8), (5,), ()])
 def test_calls_cover_every_step_once_and_stop_where_the_loop_has_work(every):
@@ -86,7 +88,7 @@ def differ(*changes, **shared):
 
 
 SWEEPS = {
-    "lambdas": differ(*({"lam": lam} for lam in (0.1, 0.5, 1.0, 5.0, 10.0)), views="both"),
+    "lambdas": differ(*({"lam": lam} for lam in (0.1, 5.0)), views="both"),
     "methods": differ(
         {"method": "cross_entropy", "teacher_checkpoint": ""}, {"method": "kd"}, {"method": "ranking_alignment"}
     ),
@@ -112,6 +114,7 @@ def test_interrupted_at_different_steps_they_go_on(tiny, tmp_path):
     lams = (0.1, 1.0, 5.0, 10.0)
     folders = {lam: tmp_path / f"{lam}" for lam in lams}
     train.train_and_evaluate(tiny(lam=0.1), folders[0.1])
+    finished = records(folders[0.1])
     real, calls = steps.accumulate, []
 
     def accumulate(totals, new):
@@ -129,7 +132,8 @@ def test_interrupted_at_different_steps_they_go_on(tiny, tmp_path):
     summaries = train.train_together([(tiny(lam=lam), folders[lam]) for lam in lams])
     assert [summary["config"]["lam"] for summary in summaries] == list(lams)
     assert [summary["together"] for summary in summaries] == [1, 2, 2, 1]
-    for lam in lams:
+    assert records(folders[0.1]) == finished
+    for lam in (5.0, 10.0):
         train.train_and_evaluate(tiny(lam=lam), tmp_path / f"alone{lam}")
         assert records(folders[lam]) == records(tmp_path / f"alone{lam}")
 
