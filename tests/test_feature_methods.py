@@ -16,7 +16,7 @@ from test_train import assert_same
 
 from rkd_jax import experiment, methods, models, train
 from rkd_jax.checkpoint import Checkpoints
-from rkd_jax.methods import _maps, crd
+from rkd_jax.methods import _maps, crd, fitnets
 from rkd_jax.models import Outputs
 from rkd_jax.report import paper
 
@@ -43,9 +43,10 @@ def outputs(seed, maps):
     rng = np.random.default_rng(seed)
     features = [rng.normal(size=(BATCH, side, side, channels)) for side, channels in maps]
     class_maps = rng.normal(size=(BATCH, maps[-1][0], maps[-1][0], CLASSES))
-    embedding = rng.normal(size=(BATCH, maps[-1][1]))
+    side, channels = maps[-1]  # a network may have layers of other channels behind its last stage
+    last = np.maximum(rng.normal(size=(BATCH, side, side, channels + 3)), 0)
     relu = tuple(np.maximum(x, 0) for x in features)
-    return Outputs(class_maps.mean((1, 2)), relu, embedding, tuple(features), class_maps)
+    return Outputs(class_maps.mean((1, 2)), relu, last.mean((1, 2)), tuple(features), class_maps, last)
 
 
 def shapes(found):
@@ -103,7 +104,7 @@ def reference_sp(m, params, s, t):
 
 
 def reference_ickd(m, params, s, t):
-    s, t = stages(s, t)[-1]
+    s, t = s.last_map, t.last_map
     s = batch_norm(dense(s, params["Dense_0"]), params["BatchNorm_0"])
     gram_s, gram_t = (F.normalize(x.flatten(2) @ x.flatten(2).transpose(1, 2), dim=2) for x in (s, t))
     return {"correlation": m["beta"] * (gram_t - gram_s).pow(2).sum() / (t.shape[1] * BATCH)}
@@ -265,6 +266,20 @@ def test_resampling_is_pytorchs(size, side):
         np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1), rtol=1e-12, atol=1e-12)
 
 
+@needs_torch
+@pytest.mark.parametrize(("channels", "features"), [(30, 200), (200, 30)])
+@pytest.mark.parametrize(("side", "to_side"), [(8, 16), (16, 8), (8, 6)])
+def test_fitnets_regressor_starts_as_pytorchs(channels, features, side, to_side):
+    s, t = (jax.ShapeDtypeStruct((2, x, x, k), jnp.float32) for x, k in ((side, channels), (to_side, features)))
+    (kernel,) = (
+        x for x in jax.tree.leaves(_maps.init(fitnets.Regressor.between(s, t), jax.random.key(0), s)) if x.ndim == 4
+    )
+    layer = torch.nn.ConvTranspose2d if to_side > side else torch.nn.Conv2d
+    theirs = layer(channels, features, kernel.shape[0]).weight.detach().numpy()
+    np.testing.assert_allclose(kernel.std(), theirs.std(), rtol=0.02)
+    np.testing.assert_allclose(np.abs(kernel).max(), np.abs(theirs).max(), rtol=0.01)
+
+
 # CRD's banks.
 
 
@@ -376,17 +391,17 @@ def test_every_pair_of_the_paper(pair):
 @pytest.mark.parametrize("name", sorted(FEATURES - {"crd"}))
 def test_networks_without_maps_are_named(name):
     method = methods.create(name)
-    field = "class_maps" if name == "cat_kd" else "features"
+    field = {"cat_kd": "class_maps", "ickd": "last_map"}.get(name, "features")
     bare, message = Outputs(S.logits, (), S.embedding), f"reads the student's {field}, and config.student returns none"
     with pytest.raises(ValueError, match=message):
         method.init(jax.random.key(0), shapes(bare), shapes(T), EXAMPLES)
     field = "preactivations" if name == "reviewkd" else field
-    bare = T._replace(**{field: None if name == "cat_kd" else ()})
+    bare = T._replace(**{field: None if name in ("cat_kd", "ickd") else ()})
     with pytest.raises(
         ValueError, match=f"reads the teacher's {field}, and config.teacher returns none; return {field}"
     ):
         method.init(jax.random.key(0), shapes(S), shapes(bare), EXAMPLES)
-    if name not in ("cat_kd", "fitnets"):
+    if name not in ("cat_kd", "fitnets", "ickd"):
         with pytest.raises(ValueError, match=r"config\.student returns 1 of at least 2"):
             method.init(jax.random.key(0), shapes(S._replace(features=S.features[:1])), shapes(T), EXAMPLES)
 

@@ -87,7 +87,7 @@ def outputs(logits, features=((8, 8, 4), (4, 4, 8), (2, 2, 16))):
     )
     embedding = jnp.tanh(logits @ jnp.cos(jnp.arange(CLASSES * 16, dtype=logits.dtype)).reshape(CLASSES, 16))
     class_maps = logits[..., None, None, :] * jnp.linspace(0.5, 1.5, 4, dtype=logits.dtype).reshape(2, 2, 1)
-    return Outputs(logits, tuple(map(jax.nn.relu, maps)), embedding, maps, class_maps)
+    return Outputs(logits, tuple(map(jax.nn.relu, maps)), embedding, maps, class_maps, jax.nn.relu(maps[-1]))
 
 
 def shapes(batch):
@@ -529,14 +529,16 @@ def test_ctkds_temperature_is_trained_to_raise_the_loss():
         np.testing.assert_allclose(slope(jnp.float32(1), epoch), factor * numerical(), rtol=0.02)
 
 
-def test_dots_two_momenta_are_numpys():
+@pytest.mark.parametrize("only", ["", "label", "distill"])
+def test_dots_two_momenta_are_numpys(only):
+    """And the plain momentum where one of the gradients never comes, as in the authors' code."""
     rng = np.random.default_rng(0)
     theta = start = rng.normal(size=3)
     v_ce, v_kd, m, delta, decay, rates = 0.0, 0.0, 0.9, 0.075, 5e-3, [0.1] * 4 + [0.01] * 4
-    gradients = rng.normal(size=(8, 2, 3))
+    gradients = rng.normal(size=(8, 2, 3)) * {"": [[1], [1]], "label": [[1], [0]], "distill": [[0], [1]]}[only]
     for rate, (g_ce, g_kd) in zip(rates, gradients, strict=True):
-        v_ce = (m - delta) * v_ce + g_ce + decay * theta
-        v_kd = (m + delta) * v_kd + g_kd
+        v_ce = (m if only else m - delta) * v_ce + g_ce + decay * theta
+        v_kd = (m if only else m + delta) * v_kd + g_kd
         theta = theta - rate * (v_ce + v_kd)
 
     schedule = optax.piecewise_constant_schedule(0.1, {4: 0.1})

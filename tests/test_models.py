@@ -89,6 +89,8 @@ def assert_outputs_close(outputs, theirs, tolerance):
         np.testing.assert_allclose(our, their, rtol=0, atol=tolerance * np.abs(their).max(), err_msg=what)
     logits, average = np.asarray(outputs.logits), np.asarray(outputs.class_maps).mean((1, 2))
     np.testing.assert_allclose(average, logits, rtol=0, atol=10 * tolerance * np.abs(logits).max())
+    average = np.asarray(outputs.last_map).mean((1, 2))
+    np.testing.assert_allclose(average, outputs.embedding, rtol=0, atol=1e-5 * np.abs(average).max())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -181,6 +181,19 @@ def test_gradients_per_term(tiny):
     np.testing.assert_allclose(bias[0], np.full(10, 24.0), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("fast_compile")
+def test_dot_knows_what_each_gradient_reaches(tiny):
+    _, state, inputs, step = prepare(tiny(method="dot", inner="vid"))
+    state, _ = step(state, inputs, steps.epoch_order(RNG, 0, 64))
+    label, distill = state.opt_state.reached["label"], state.opt_state.reached["distill"]
+    assert all(jax.tree.leaves(label["student"]))
+    assert not any(jax.tree.leaves(label["method"]))
+    assert all(jax.tree.leaves(distill["method"]))
+    by_layer = {layer: {bool(x) for x in jax.tree.leaves(tree)} for layer, tree in distill["student"].items()}
+    assert by_layer.pop("fc") == {False}
+    assert set.union(*by_layer.values()) == {True}
+
+
 def test_first_bad_step_is_kept(tiny):
     @dataclasses.dataclass(frozen=True)
     class Bad(base.Distiller):

@@ -10,6 +10,9 @@ old. Z is set by the first batch, so that p is 1 / N on average, and stays. The 
 banks; here each of the other classes' examples takes part with probability K / their number: the sum has the same mean,
 and all products are one matrix product. Where there are fewer than K, all take part, and K is their number. The class
 of a bank's entry is known once its example has been visited; until then the entry is noise, and counts as another's.
+
+The released code has one view. With two, the second finds the entries that the first left, its own example's among
+them, and an entry's old value has the weight of `bank_momentum` twice; Z is set by the first view.
 """
 
 import dataclasses

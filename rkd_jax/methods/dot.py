@@ -4,8 +4,9 @@ L = that of `inner`; v_ce = (m - delta) * v_ce + g_ce + weight decay * theta; v_
 theta -= rate * (v_ce + v_kd), g_ce the gradient of the label term, g_kd that of the other terms
 
 m and the weight decay are the optimizer's. `inner` is any method with a teacher; its hyper-parameters are set as if it
-were the method: config.method = "dot", config.inner = "dkd", config.beta = 2. (For parameters that only g_kd reaches,
-those that a method trains for itself, the released code takes plain momentum; here they are as all others.)
+were the method: config.method = "dot", config.inner = "dkd", config.beta = 2. Parameters that one of the two gradients
+does not reach have the optimizer's plain momentum, as in the released code: of a method that compares maps, the
+student's classifier and what the method trains for itself.
 """
 
 import dataclasses
@@ -45,17 +46,18 @@ class Method(base.Distiller):
 
 
 class State(NamedTuple):
-    """v_kd, and the wrapped optimizer's state, whose trace is v_ce + v_kd."""
+    """v_kd, the wrapped optimizer's state, whose trace is v_ce + v_kd, and which gradients reach which arrays."""
 
     distill: Any
     optimizer: optax.OptState
+    reached: dict[str, Any]  # of "label" and "distill", bool []: whether the gradient has ever been other than 0
 
 
 def two_momenta(tx: optax.GradientTransformation, delta: float) -> optax.GradientTransformationExtraArgs:
     """Splits the momentum of an SGD optimizer (optax.trace) in two, for the gradients of two terms.
 
     With v = v_ce + v_kd, the two rules add up to v = m * v + [g + delta * (v_kd - v_ce)] + weight decay * theta: the
-    optimizer as it is, fed with what is in brackets.
+    optimizer as it is, fed with what is in brackets. Where only one gradient is there to be split, delta is 0.
     """
     momentum = momentum_of(tx)
     if not 0 <= delta <= min(momentum, 1 - momentum):
@@ -65,14 +67,17 @@ def two_momenta(tx: optax.GradientTransformation, delta: float) -> optax.Gradien
         )
 
     def init(params):
-        return State(jax.tree.map(jnp.zeros_like, params), tx.init(params))
+        reached = {term: jax.tree.map(lambda _: jnp.array(False), params) for term in ("label", "distill")}
+        return State(jax.tree.map(jnp.zeros_like, params), tx.init(params), reached)
 
     def update(grads, state, params=None, *, term_grads, **extra):
         trace = optax.tree_utils.tree_get(state.optimizer, "trace")
-        fed = jax.tree.map(lambda g, kd, v: g + delta * (2 * kd - v), grads, state.distill, trace)
-        distill = jax.tree.map(lambda kd, g: (momentum + delta) * kd + g, state.distill, term_grads["distill"])
+        reached = jax.tree.map(lambda before, g: before | jnp.any(g != 0), state.reached, term_grads)
+        split = jax.tree.map(lambda *both: delta * jnp.all(jnp.stack(both)), *reached.values())
+        fed = jax.tree.map(lambda g, kd, v, d: g + d * (2 * kd - v), grads, state.distill, trace, split)
+        distill = jax.tree.map(lambda kd, g, d: (momentum + d) * kd + g, state.distill, term_grads["distill"], split)
         updates, optimizer = optax.with_extra_args_support(tx).update(fed, state.optimizer, params, **extra)
-        return updates, State(distill, optimizer)
+        return updates, State(distill, optimizer, reached)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -5,7 +5,8 @@ ReLU
 
 r is trained beside the student: a 3x3 convolution of stride 2 where the student's map has twice the teacher's side, a
 transposed 4x4 one where it has half, and otherwise one without padding that is as large as the difference asks. As in
-RepDistiller and mdistiller the hint is a term of the loss from the first step on; the paper trains with it first.
+RepDistiller and mdistiller the hint is a term of the loss from the first step on; the paper trains with it first. Their
+convolution's bias is left out, for the batch normalisation takes it away again.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ import flax.linen as nn
 from rkd_jax import losses
 from rkd_jax.methods import _maps, base
 from rkd_jax.models.layers import torch_default
+
+transposed_default = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")  # PyTorch's: it swaps in and out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,5 +74,6 @@ class Regressor(nn.Module):
         """[B, H, W, K] -> [B, H', W', features]."""
         layer = nn.ConvTranspose if self.transposed else nn.Conv
         strides, padding = (self.stride,) * 2, ((self.padding,) * 2,) * 2
-        convolve = layer(self.features, self.kernel, strides, padding, use_bias=False, kernel_init=torch_default)
+        init = transposed_default if self.transposed else torch_default
+        convolve = layer(self.features, self.kernel, strides, padding, use_bias=False, kernel_init=init)
         return nn.relu(_maps.BatchNorm()(convolve(x)))

@@ -2,9 +2,11 @@
 Distillation", ICCV 2021).
 
 L = CE(s, y) + beta * mean over examples of |N(G_t) - N(G_s)|^2 / channels, G = the products of all pairs of channels of
-the last stage's map, summed over positions; N divides each row by its norm
+the map that the global average reads, summed over positions; N divides each row by its norm
 
-The student's map is brought to the teacher's channels by a 1x1 convolution and batch normalisation, trained beside it.
+That map comes after the activation in wrn too, and after the last 1x1 convolution in MobileNetV2 and ShuffleV2: it is
+not their last stage's. The student's is brought to the teacher's channels by a 1x1 convolution and batch normalisation,
+trained beside it. The authors' later script has beta 4 for resnet32x4 > resnet8x4.
 A G has channels^2 entries for each example: with ResNet50 as the teacher, 1 GB for a batch of 64.
 """
 
@@ -23,11 +25,11 @@ class Method(base.Distiller):
     beta: float = 2.5  # weight of the correlations
 
     def init(self, rng, student, teacher, num_examples):
-        s, t = _maps.pairs("ickd", student, teacher)[-1]
+        s, t = _maps.both("ickd", student, teacher, "last_map")
         return _maps.init(Embedding(t.shape[-1]), rng, s), {}
 
     def loss(self, params, state, student, teacher, batch, context):
-        s, t = _maps.pairs("ickd", student, teacher)[-1]
+        s, t = _maps.both("ickd", student, teacher, "last_map")
         s = _maps.apply(Embedding(t.shape[-1]), params, s)
         terms = {
             "label": losses.cross_entropy(student.logits, batch["label"]).mean(),

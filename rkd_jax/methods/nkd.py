@@ -4,7 +4,8 @@ ICCV 2023, arXiv:2303.13005).
 L = CE(s, y) - p_t(y) log p_s(y) + gamma * T^2 * CE(softmax_{i != y}(t / T), softmax_{i != y}(s / T))
 
 The part of the target class ignores T. The other is a cross-entropy, whose minimum over s, at s = t, is the entropy of
-the teacher's, not 0.
+the teacher's, not 0. T and gamma are the defaults of the authors' code, and what later comparisons on CIFAR-100 take;
+their one CIFAR-100 configuration, ResNet34 > ResNet18, has T 3 and gamma 3.5.
 """
 
 import dataclasses

@@ -40,6 +40,7 @@ class Outputs(NamedTuple):
     embedding: jax.Array  # [B, D], the classifier's input
     preactivations: tuple[jax.Array, ...] = ()  # per stage, NHWC, before the activation
     class_maps: jax.Array | None = None  # [B, H, W, C], the classifier at each position; their average is the logits
+    last_map: jax.Array | None = None  # [B, H, W, D], whose average is the embedding; not every network's last feature
 
     @classmethod
     def of(
@@ -49,9 +50,11 @@ class Outputs(NamedTuple):
         embedding: jax.Array,
         preactivations: Iterable[jax.Array] = (),
         class_maps: jax.Array | None = None,
+        last_map: jax.Array | None = None,
     ) -> "Outputs":
         """The outputs as float32, whatever the compute dtype."""
-        return jax.tree.map(full_precision, cls(logits, tuple(features), embedding, tuple(preactivations), class_maps))
+        outputs = cls(logits, tuple(features), embedding, tuple(preactivations), class_maps, last_map)
+        return jax.tree.map(full_precision, outputs)
 
 
 def create(

@@ -74,7 +74,7 @@ class MobileNetV2(nn.Module):
                 preactivations.append(x)
         x = nn.relu(conv_bn(x, train, 1280, ("conv2_0", "conv2_1"), kernel=1))
         logits, embedding, class_maps = head(x, self.num_classes, "classifier_0", std=0.01)
-        return Outputs.of(logits, features, embedding, preactivations, class_maps)
+        return Outputs.of(logits, features, embedding, preactivations, class_maps, x)
 
 
 def _biased_conv_bn(x: jax.Array, train: bool, features: int, names: tuple[str, str], **options) -> jax.Array:
@@ -129,7 +129,7 @@ class MobileNetV2At64(nn.Module):
         )
         classifier = self.variables["params"]["conv2"]
         class_maps = x @ classifier["kernel"][0, 0] + classifier["bias"]
-        return Outputs.of(logits[:, 0, 0], [*features, x], embedding, [*preactivations, last], class_maps)
+        return Outputs.of(logits[:, 0, 0], [*features, x], embedding, [*preactivations, last], class_maps, x)
 
 
 NETWORKS = {"MobileNetV2": MobileNetV2, "MobileNetV2_64x64": MobileNetV2At64}

@@ -77,7 +77,7 @@ class ResNet(nn.Module):
             features.append(x)
             preactivations.append(preactivation)
         logits, embedding, class_maps = head(x, self.num_classes, self.head)
-        return Outputs.of(logits, features, embedding, preactivations, class_maps)
+        return Outputs.of(logits, features, embedding, preactivations, class_maps, x)
 
 
 def _cifar(depth: int, widths: tuple[int, ...]):

@@ -62,7 +62,7 @@ class ShuffleNetV1(nn.Module):
             features.append(x)
             preactivations.append(preactivation)
         logits, embedding, class_maps = head(x, self.num_classes, "linear")
-        return Outputs.of(logits, features, embedding, preactivations, class_maps)
+        return Outputs.of(logits, features, embedding, preactivations, class_maps, x)
 
 
 NETWORKS = {"ShuffleV1": ShuffleNetV1}

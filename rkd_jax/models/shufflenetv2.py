@@ -69,7 +69,7 @@ class ShuffleNetV2(nn.Module):
             preactivations.append(preactivation)
         x = nn.relu(conv_bn(x, train, 1024, ("conv2", "bn2"), kernel=1))
         logits, embedding, class_maps = head(x, self.num_classes, "linear")
-        return Outputs.of(logits, features, embedding, preactivations, class_maps)
+        return Outputs.of(logits, features, embedding, preactivations, class_maps, x)
 
 
 NETWORKS = {"ShuffleV2": ShuffleNetV2}

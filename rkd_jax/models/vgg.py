@@ -38,7 +38,7 @@ class VGG(nn.Module):
             features.append(x)
             preactivations.append(preactivation)
         logits, embedding, class_maps = head(x, self.num_classes, "classifier", std=0.01)
-        return Outputs.of(logits, features, embedding, preactivations, class_maps)
+        return Outputs.of(logits, features, embedding, preactivations, class_maps, x)
 
 
 NETWORKS = {

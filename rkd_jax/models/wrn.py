@@ -53,8 +53,9 @@ class WideResNet(nn.Module):
                     preactivations.append(before)
             features.append(x)
         preactivations.append(BatchNorm(name="bn1")(x, train))
-        logits, embedding, class_maps = head(nn.relu(preactivations[-1]), self.num_classes, "fc")
-        return Outputs.of(logits, features, embedding, preactivations, class_maps)
+        x = nn.relu(preactivations[-1])
+        logits, embedding, class_maps = head(x, self.num_classes, "fc")
+        return Outputs.of(logits, features, embedding, preactivations, class_maps, x)
 
 
 NETWORKS = {
