@@ -14,10 +14,15 @@ from ml_collections import config_flags
 
 from rkd_jax import _memory, evaluate, processes, runs
 
+sys.path.append(os.getcwd())  # for a network or a method of one's own
 CONFIGS = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs"))
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; default: configs/digits.py.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept, and resumed from; default: runs/<config>.")
+WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Where the run is kept, and resumed from; default: runs/<config>, with -smoke behind it for config.smoke.",
+)
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or report the accuracy of what WORKDIR holds.")
 DISTRIBUTED = flags.DEFINE_string("distributed", None, '"auto" or HOST:PORT,INDEX,COUNT: one of several processes.')
 TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, print where in the code it arose too.")
@@ -32,8 +37,9 @@ def parse_flags(argv):
         CONFIG.value.to_dict()  # raises where the file cannot be read and no flag set a field of it
         return arguments
     except (AttributeError, KeyError) as error:  # ml_collections' words come quoted, once for each of its layers
-        words = str(error).replace("\\n", ". ").replace("\\", "").strip("\"'")
-        sys.exit(f"Error: no such field of the config: {words.replace(chr(39), '')} (all fields: configs/default.py)")
+        words = str(error).replace("\\n", ". ").replace("\\", "").replace("'", "").strip('"')
+        where = "all are in configs/default.py; one of a method of your own goes into your config file"
+        sys.exit(f"Error: no such field of the config: {words} ({where})")
     except (ValueError, OSError, ImportError) as error:
         if "[Errno 2]" in str(error):  # of its several lines, the one that names the file
             error = f"{str(error).splitlines()[-1].strip()}; name a file of {CONFIGS}"
@@ -51,7 +57,8 @@ def main(argv):
     try:
         if DISTRIBUTED.value:
             processes.initialize(DISTRIBUTED.value)
-        run(CONFIG.value, WORKDIR.value or os.path.join("runs", os.path.splitext(name)[0]))
+        name = os.path.splitext(name)[0] + ("-smoke" if CONFIG.value.get("smoke") else "")
+        run(CONFIG.value, WORKDIR.value or os.path.join("runs", name))
     except (ValueError, OSError, FloatingPointError) as error:
         if TRACEBACK.value:
             raise

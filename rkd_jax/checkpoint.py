@@ -105,8 +105,9 @@ def load_network(
         raise ValueError(f"{field}={str(path)!r} holds a {metadata['network']}, not a {name}; name the right one")
     if num_classes is not None and metadata["num_classes"] != num_classes:
         raise ValueError(
-            f"{field}={str(path)!r} was trained on {metadata['num_classes']} classes, the data set has {num_classes}; "
-            "use a network trained on this data set"
+            f"{field}={str(path)!r} was trained on {metadata['num_classes']} classes"
+            + (f" ({metadata['dataset']})" if metadata.get("dataset") else "")
+            + f", config.dataset has {num_classes}; give the --config it was trained by, or a network of this data set"
         )
     try:
         variables = _restore_numpy(path / "variables")

@@ -104,6 +104,11 @@ def build(config: ConfigDict) -> Experiment:
         getattr(fields, name)
     views = VIEWS[fields.one_of("views", VIEWS)]
     dtype = jnp.dtype(fields.one_of("dtype", ("float32", "bfloat16")))
+    if method.joint_views and len(views) == 1:
+        raise ValueError(
+            f"config.method={fields.method!r} compares the views of an image, and config.views={fields.views!r} gives "
+            "one; set config.views to 'both'"
+        )
     batch_size = fields.at_least("batch_size", 1)
 
     splits = load_splits(fields)
@@ -120,6 +125,8 @@ def build(config: ConfigDict) -> Experiment:
 
     student = models.create(fields.student, splits.num_classes, dtype, splits.train.images.shape[1], "config.student")
     teacher, teacher_variables, metadata = _teacher(fields, splits, method, dtype)
+    if not all(isinstance(epoch, int | float) and epoch > 0 for epoch in fields.decay_epochs):
+        raise ValueError(f"config.decay_epochs={fields.decay_epochs!r} are no epochs; take, say, (150, 180, 210)")
     schedule = optim.create_schedule(
         fields.at_least("learning_rate", 0), fields.decay_epochs, fields.at_least("decay_factor", 0), steps_per_epoch
     )
@@ -181,8 +188,11 @@ def create_learner(
 
 
 def shrink(config: ConfigDict) -> dict[str, Any]:
-    """The config's fields, with config.smoke made so small that a run takes seconds."""
-    return config.to_dict() | (SMOKE if config.get("smoke") else {})
+    """The config's fields, with config.smoke made so small, where they are not smaller, that a run takes seconds."""
+    values = config.to_dict()
+    if values.get("smoke"):
+        values |= {name: min(most, values.get(name) or most) for name, most in SMOKE.items()}
+    return values
 
 
 def alone(config: ConfigDict, network: str) -> ConfigDict:

@@ -48,7 +48,8 @@ def distil(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
 def sweep(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Trains the students that config.sweep names in one program, each in a folder of WORKDIR named after its values.
 
-    Prints a table, writes it to WORKDIR/sweep.json, and returns the summaries; see `train.train_together`.
+    Prints a table, writes it to WORKDIR/sweep.json, and returns the summaries; see `train.train_together`. One that
+    diverges does not stop the others, and is an error in the end.
     """
     if config.compare:
         raise ValueError("config.sweep and config.compare are two experiments; set one of them")
@@ -59,14 +60,24 @@ def sweep(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]
                 f"config.sweep: {name} trains a chain of networks; run config.method={member.method!r} alone"
             )
     workdir = Path(workdir)
-    summaries = train.train_together([(member, workdir / name) for name, member in members])
-    rows = [{"sweep": name, **summary} for (name, _), summary in zip(members, summaries, strict=True)]
+    diverged = None
+    try:
+        summaries = train.train_together([(member, workdir / name) for name, member in members])
+    except train.Diverged as error:
+        diverged, summaries = error, error.summaries
+    rows = [
+        {"sweep": name, **(summary or {"diverged": True})}
+        for (name, _), summary in zip(members, summaries, strict=True)
+    ]
     if processes.leads():
         (workdir / "sweep.json").write_text(json.dumps({"rows": rows, **train.provenance()}, indent=1) + "\n")
         width = max(len(name) for name, _ in members)
         print(f"\n{'':{width}}  top-1 last %  best %")
         for row in rows:
-            print(f"{row['sweep']:{width}}  {row['last']['top1']:12.2f}  {row['best']['top1']:6.2f}")
+            cells = "    diverged" if "diverged" in row else f"{row['last']['top1']:12.2f}  {row['best']['top1']:6.2f}"
+            print(f"{row['sweep']:{width}}  {cells}")
+    if diverged:
+        raise diverged
     return rows
 
 
@@ -81,15 +92,19 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
                 'write, say, --config.sweep="lam=0.1,1,5 seed=0,1"'
             )
         axes.append([(field, value) for value in values.split(",")])
-    members = []
+    members: list[tuple[str, ConfigDict]] = []
     for choice in itertools.product(*axes):
         member = config.copy_and_resolve_references()
         member.sweep = ""
         for field, value in choice:
             member[field] = _parse(field, value, config.get_type(field))
+        if any(other.to_dict() == member.to_dict() for _, other in members):
+            raise ValueError(f"config.sweep={config.sweep!r} names a student twice; name each once")
         members.append((",".join(f"{field}={value}" for field, value in choice), member))
-    if len({name for name, _ in members}) < len(members):
-        raise ValueError(f"config.sweep={config.sweep!r} names a student twice; name each once")
+    if (small := {field for axis in axes for field, _ in axis} & {*experiment.SMOKE}) and config.smoke:
+        raise ValueError(
+            f"config.smoke sets config.{min(small)} itself, which config.sweep varies; leave one of them out"
+        )
     return members
 
 
@@ -119,6 +134,12 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
     config.compare = False
     method = experiment.create_method(config)  # what is wrong about the last run is said before the first
     models.resolve(config.student)
+    models.resolve(config.teacher, field="config.teacher")
+    if not method.needs_teacher:
+        raise ValueError(
+            f"config.compare trains a student with and without its teacher, and config.method={config.method!r} has "
+            "none; set config.compare=False"
+        )
     if config.teacher_checkpoint:
         if not hasattr(method, "links"):
             experiment.build(config)

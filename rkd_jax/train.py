@@ -26,6 +26,8 @@ from rkd_jax.models import _conv
 
 # Fields that say where things lie, or how they are brought to the device, not what is computed.
 ELSEWHERE = ("data_dir", "teacher_checkpoint", "checkpoint_seconds", "stream")
+# Fields that a run may go on with in another value.
+SPOKEN = ("log_every", "eval_batch_size")
 # Fields that students of one program may have of their own, beside those of their methods.
 OWN = (
     "student", "method", "seed", "data_seed", "view_reduction", "learning_rate", "decay_epochs", "decay_factor",
@@ -43,7 +45,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
 
     Raises:
       ValueError, FileNotFoundError: the config asks for what is not there (before anything is written).
-      FloatingPointError: the loss is not finite; the last good checkpoint stays.
+      Diverged, a FloatingPointError: the loss is not finite; the last good checkpoint stays.
       SystemExit: SIGTERM or SIGINT came; the state is saved.
     """
     return train_together([(config, workdir)])[0]
@@ -55,30 +57,37 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
     They may differ in the student, its seed, its method and its optimizer (see `OWN`), and share everything else,
     `data_seed` too. Each folder ends as `train_and_evaluate` would leave it, but for rounding where XLA compiles the
     larger program in another way. Members that are finished are not run again; those that were interrupted at
-    different steps go on in groups. Returns the summaries, and raises as `train_and_evaluate` does.
+    different steps go on in groups. Returns the summaries, and raises as `train_and_evaluate` does; `Diverged` once
+    the others are finished.
     """
     runs = [experiment.build(config) for config, _ in members]
     folders = [Path(workdir) for _, workdir in members]
     mesh = steps.data_mesh(runs[0].recipe.batch_size)
     _check_shared(runs, folders)
 
+    claimed: list[Path] = []  # by this call, in process 0
+
     def start() -> list[Any]:
         for run, folder in zip(runs, folders, strict=True):
-            claim(folder, run.config)
+            if claim(folder, run.config):
+                claimed.append(folder)
         return [_finished(folder) for folder in folders]
 
-    summaries = processes.in_lead(start)
-    open_ones = [i for i, summary in enumerate(summaries) if summary is None]
-    if processes.leads() and len(open_ones) < len(members):
-        print("\n".join(f"{f} holds this run, finished; nothing to do" for f in folders if _finished(f)))
-    students = [Student(runs[i], folders[i], folders[i].name if len(members) > 1 else "") for i in open_ones]
     with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [_release(folder) for folder in claimed])
+        summaries = processes.in_lead(start)
+        open_ones = [i for i, summary in enumerate(summaries) if summary is None]
+        if processes.leads() and len(open_ones) < len(members):
+            print("\n".join(f"{f} holds this run, finished; nothing to do" for f in folders if _finished(f)))
+        students = [Student(runs[i], folders[i], folders[i].name if len(members) > 1 else "") for i in open_ones]
         for student in students:
             stack.callback(student.close)
         for group in _groups(students):
             _train(group, mesh)
     for i, student in zip(open_ones, students, strict=True):
-        summaries[i] = student.summary
+        summaries[i] = student.summary or None
+    if failed := [student for student in students if student.bad_step is not None]:
+        raise Diverged(failed, summaries)
     return summaries
 
 
@@ -127,19 +136,22 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
                 continue
 
             for student, state in zip(students, states, strict=True):
-                check_finite(state, student.workdir)  # waits for the device
+                student.check(state)  # waits for the device
+            if all(student.bad_step is not None for student in students):
+                return
             clock.stop(done)
+            sound = [i for i, student in enumerate(students) if student.bad_step is None]
             if log:
                 speed = clock.rate() * recipe.batch_size
-                for student, sums in zip(students, totals, strict=True):
-                    student.log(done, sums, speed)
+                for i in sound:
+                    students[i].log(done, totals[i], speed)
                 totals = [{} for _ in students]
             if evaluate:
-                for student, state in zip(students, states, strict=True):
-                    student.evaluate(done, state, mesh)
+                for i in sound:
+                    students[i].evaluate(done, states[i], mesh)
             if save:
-                for student, state, sums in zip(students, states, totals, strict=True):
-                    student.save(done, state, sums, clock.seconds)
+                for i in sound:
+                    students[i].save(done, states[i], totals[i], clock.seconds)
                 saved = time.monotonic()
             if stop and not last:
                 number = received[0] if received else signal.SIGTERM
@@ -149,7 +161,8 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
                 raise SystemExit(128 + number)
             clock.start(done)
     for student in students:
-        student.finish(together=len(students))
+        if student.bad_step is None:
+            student.finish(together=len(students))
 
 
 class Student:
@@ -159,6 +172,7 @@ class Student:
         self.run, self.workdir = run, workdir
         self.writer: Writer | Silent = Silent()
         self.summary: dict[str, Any] = {}
+        self.bad_step: int | None = None  # the first whose loss or update was not finite
         self._label = label
         self._checkpoints = Checkpoints(workdir / "checkpoints") if processes.leads() else None
         self.state = run.create_state(jax.random.key(run.config["seed"]))
@@ -194,6 +208,13 @@ class Student:
             self.workdir, start, recipe.num_steps, recipe.steps_per_epoch, recipe.batch_size, self._label
         )
         self.writer.say(_headline(self.run, self.parameters, start))
+
+    def check(self, state: steps.TrainState) -> None:
+        """Looks whether a loss or an update was NaN or infinite; no step after it is logged, tested or saved."""
+        if self.bad_step is None and (step := int(state.bad_step)) >= 0:
+            self.bad_step = step
+            if self._label:
+                self.writer.say(f"step {step:,} is not finite; the other students go on")
 
     def log(self, step: int, totals: Mapping[str, jax.Array], speed: float) -> None:
         """Writes the means of the metrics since the last log, and the speed in images per second."""
@@ -232,6 +253,32 @@ class Student:
         self.writer.close()
         if self._checkpoints:
             self._checkpoints.close()
+
+
+class Diverged(FloatingPointError):
+    """Students whose loss or update was NaN or infinite; `summaries` has None for each, and those of the others."""
+
+    def __init__(self, students: Sequence[Student], summaries: Sequence[dict[str, Any] | None]):
+        self.summaries = list(summaries)
+        first = students[0]
+        where = "" if len(summaries) == 1 else f" of {', '.join(str(student.workdir) for student in students)}"
+        kept = f"; {first.workdir} holds the run to before it, and another config needs another --workdir"
+        super().__init__(
+            f"the loss or the update of step {first.bad_step}{where} is not finite. Lower config.learning_rate, or the "
+            f"weight of the method's loss{kept if _begun(first.workdir) else ''}"
+        )
+
+
+def _begun(workdir: Path) -> bool:
+    """Whether a folder holds a network or a checkpoint of a run."""
+    names = {path.name for path in (*workdir.glob("*"), *workdir.glob("checkpoints/*"))}
+    return any(name in ("best", "last", "summary.json") or name.isdigit() for name in names)
+
+
+def _release(workdir: Path) -> None:
+    """Leaves a folder in which nothing was saved to a run of any config."""
+    if not _begun(workdir):
+        (workdir / "config.json").unlink(missing_ok=True)
 
 
 def _finished(workdir: Path) -> dict[str, Any] | None:
@@ -298,12 +345,15 @@ def _restore(students: Sequence[Student]) -> int:
     return 0
 
 
-def claim(workdir: Path, config: Mapping[str, Any]) -> None:
-    """Makes the folder this run's own; ValueError where it holds another config's run, naming the differences."""
+def claim(workdir: Path, config: Mapping[str, Any]) -> bool:
+    """Makes the folder this run's own, if it is no run's yet, and returns whether it was not.
+
+    Raises ValueError where it holds another config's run, naming the differences.
+    """
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if free := not path.exists():
             fresh = workdir / "config.json.new"
             fresh.write_text(json.dumps(config, indent=2) + "\n")
             fresh.replace(path)
@@ -312,7 +362,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
         there = _read_json(path)
     except OSError as error:
         raise OSError(f"--workdir={workdir} cannot be written ({error}); name another") from error
-    names = [name for name in {**there, **config} if name not in ELSEWHERE]
+    names = [name for name in {**there, **config} if name not in ELSEWHERE + SPOKEN]
     differences = [
         f"  config.{name}: {there.get(name)!r} there, {config.get(name)!r} here"
         for name in names
@@ -323,15 +373,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> None:
             f"--workdir={workdir} holds a run of another config; name another folder, remove this one, or use "
             "that run's values:\n" + "\n".join(differences)
         )
-
-
-def check_finite(state: steps.TrainState, workdir: Path) -> None:
-    """FloatingPointError, naming the step, where a loss or an update was NaN or infinite."""
-    if (step := int(state.bad_step)) >= 0:
-        raise FloatingPointError(
-            f"the loss or the update of step {step} is not finite. Lower config.learning_rate, or the weight of the "
-            f"method's loss; the checkpoints in {workdir} are from before it"
-        )
+    return free
 
 
 def _facts(run: experiment.Experiment, result: dict[str, Any]) -> dict[str, Any]:
@@ -362,7 +404,14 @@ def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
         f"{run.recipe.num_steps:,} steps of {run.recipe.batch_size}, seed {config['seed']}, on {device_name()}"
         + (" | SMOKE: random images" if config["smoke"] else "")
         + (f" | goes on from step {start:,}" if start else "")
+        + (f" | the rate never falls: config.decay_epochs={config['decay_epochs']}" if _flat(run) else "")
     )
+
+
+def _flat(run: experiment.Experiment) -> bool:
+    """Whether a run ends before the first of its decays."""
+    steps_of = [epoch * run.recipe.steps_per_epoch for epoch in run.config["decay_epochs"]]
+    return bool(steps_of) and min(steps_of) >= run.recipe.num_steps and not run.config["smoke"]
 
 
 def _write_overview(params: Any, path: Path) -> None:

@@ -55,6 +55,9 @@ def test_smoke_run_trains_and_evaluates(tmp_path):
     config.update(student="resnet8", teacher="resnet8", smoke=True)  # small, for the compiler's sake
     summary = train.train_and_evaluate(config, tmp_path / "run")
     assert summary["last"]["step"] == 4
+    config.update(num_steps=2, batch_size=4)  # smaller than smoke's own
+    recipe = experiment.build(config).recipe
+    assert (recipe.num_steps, recipe.batch_size) == (2, 4)
 
 
 def test_default_has_every_field_of_every_method_unset():

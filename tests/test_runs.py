@@ -43,7 +43,13 @@ def test_comparison_trains_teacher_student_and_both(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"), [({"student": "resnet9"}, "no network"), ({"gamma": 1.0}, "gamma=1.0 is")]
+    ("fields", "message"),
+    [
+        ({"student": "resnet9"}, "no network"),
+        ({"teacher": ""}, "config.teacher='' is no network"),
+        ({"gamma": 1.0}, "gamma=1.0 is"),
+        ({"method": "cross_entropy"}, "'cross_entropy' has none; set config.compare=False"),
+    ],
 )
 def test_comparison_finds_what_is_wrong_before_it_trains(tiny, tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,7 @@
 """Students that train in one program, batches that stream, and several steps a call."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -166,13 +167,27 @@ def test_sweep_from_the_config(tiny, tmp_path, capsys):
     assert runs.sweep(config, tmp_path / "sweep") == rows  # finished: not run again
 
 
+def test_one_that_diverges_does_not_stop_the_others(tiny, tmp_path, capsys):
+    config = tiny(sweep="learning_rate=0.01,1e30", checkpoint_seconds=0.0)
+    with pytest.raises(train.Diverged, match=r"step 1 of .*learning_rate=1e30 is not finite"):
+        runs.sweep(config, tmp_path / "sweep")
+    text = capsys.readouterr().out
+    assert "step 1 is not finite; the other students go on" in text
+    assert re.search(r"learning_rate=0\.01 +[\d.]+ +[\d.]+\nlearning_rate=1e30 +diverged\n", text)
+    train.train_and_evaluate(tiny(learning_rate=0.01), tmp_path / "alone")
+    assert records(tmp_path / "sweep" / "learning_rate=0.01") == records(tmp_path / "alone")
+    assert not records(tmp_path / "sweep" / "learning_rate=1e30")
+    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rows"]
+    assert ["last" in row for row in rows] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
         ("lambda=1,2", "'lambda=1,2' is not FIELD=VALUE"),
         ("lam", "'lam' is not FIELD=VALUE"),
         ("lam=1,much", "lam=much is no float, which config.lam takes"),
-        ("lam=1,1", "names a student twice"),
+        ("lam=1,1.0", "names a student twice"),
         ("decay_epochs=1,2", "decay_epochs is a list of numbers, which a sweep cannot vary; start a run for each"),
         ("method=kd,takd", "method=takd trains a chain of networks"),
         ("method=kd,dkf", "did you mean 'dk"),
@@ -182,6 +197,11 @@ def test_wrong_sweep_is_named(tiny, tmp_path, sweep, message):
     with pytest.raises(ValueError, match=message):
         runs.run(tiny(sweep=sweep), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_sweep_of_what_smoke_sets_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.smoke sets config\.batch_size itself"):
+        runs.run(tiny(sweep="batch_size=4,8", smoke=True), tmp_path / "run")
 
 
 def test_eps_1_is_the_squared_error_of_the_centred_logits(tiny, tmp_path):

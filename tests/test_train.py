@@ -216,6 +216,42 @@ def test_loss_that_is_not_finite_stops_and_names_the_step(tiny, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
 
 
+def test_folder_in_which_nothing_was_saved_is_left_free(tiny, tmp_path):
+    with pytest.raises(train.Diverged, match=r"step 1 is not finite\. Lower [^;]*$"):
+        train.train_and_evaluate(tiny(learning_rate=1e30, num_steps=4), tmp_path / "run")
+    train.train_and_evaluate(tiny(num_steps=4), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"'crld' compares the views of an image, and config\.views='weak' gives one"):
+        train.train_and_evaluate(tiny(method="crld"), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_run_goes_on_with_another_log_every(tiny, tmp_path, monkeypatch):
+    evaluate, steps_seen = train.Student.evaluate, []
+
+    def stop(self, step, *arguments):
+        evaluate(self, step, *arguments)
+        steps_seen.append(step)
+        if step == 8 and steps_seen.count(8) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Student, "evaluate", stop)
+    with pytest.raises(SystemExit):
+        train.train_and_evaluate(tiny(checkpoint_seconds=0.0), tmp_path / "run")
+    train.train_and_evaluate(tiny(log_every=2, eval_batch_size=7), tmp_path / "run")
+    lines = [record["step"] for record in records(tmp_path / "run") if record["kind"] == "train"]
+    assert lines == [3, 6, 9, 10, 12]
+
+
+def test_rate_that_never_falls_is_said(tiny, tmp_path, capsys):
+    train.train_and_evaluate(tiny(num_steps=2, decay_epochs=(1, 2)), tmp_path / "short")
+    assert "the rate never falls: config.decay_epochs=[1, 2]" in capsys.readouterr().out
+    train.train_and_evaluate(tiny(num_steps=9, decay_epochs=(1, 2)), tmp_path / "long")
+    assert "never falls" not in capsys.readouterr().out
+    for epochs in (("a", "b"), (-5,)):
+        with pytest.raises(ValueError, match=r"config\.decay_epochs=.* are no epochs"):
+            train.train_and_evaluate(tiny(decay_epochs=epochs), tmp_path / "bad")
+
+
 def test_workdir_of_another_config_is_refused(tiny, finished):
     workdir, _ = finished(tiny())
     before = (workdir / "config.json").read_text()
@@ -298,7 +334,7 @@ def test_teacher_that_is_not_there(tiny, tmp_path):
 def test_teacher_of_other_classes_or_shapes(tiny, teacher, tmp_path):
     variables, metadata = checkpoint.load_network(teacher)
     checkpoint.save_network(tmp_path / "classes", variables, metadata | {"num_classes": 7})
-    with pytest.raises(ValueError, match="7 classes, the data set has 10"):
+    with pytest.raises(ValueError, match=r"7 classes, config\.dataset has 10; give the --config it was trained by"):
         experiment.build(tiny(teacher_checkpoint=str(tmp_path / "classes")))
     name = next(iter(variables["params"]))
     short = variables | {"params": {k: v for k, v in variables["params"].items() if k != name}}
