@@ -6,6 +6,7 @@ frozen by whoever applies it. Half precision is computed and returned in float32
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rkd_jax import ranking
 
@@ -13,8 +14,18 @@ EXCLUDED = -1e30  # the logit of a class left out: its probability is exactly 0,
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """-log softmax(s)_y; [..., C], integer [...] -> [...]."""
-    return -pick(jax.nn.log_softmax(promote(logits)), labels)
+    """-log softmax(s)_y; [..., C], integer [...] -> [...]. A label that is none of 0 to C - 1 makes its row NaN."""
+    shape, kind = jnp.shape(logits), jnp.result_type(labels)
+    if not jnp.issubdtype(kind, jnp.integer):
+        raise TypeError(f"labels has dtype {kind}; give each row's class as an integer, e.g. int32")
+    if jnp.shape(labels) != shape[:-1]:
+        raise ValueError(
+            f"labels has shape {jnp.shape(labels)}, and logits {shape}; give each row's class, of shape {shape[:-1]}"
+        )
+    known = (labels >= 0) & (labels < np.int32(shape[-1]))
+    counted = is_label(logits, labels) | ~known[..., None]  # all of a row that becomes NaN, so that its gradient does
+    log_p = jnp.sum(jax.nn.log_softmax(promote(logits)), axis=-1, where=counted)
+    return -log_p * jnp.where(known, 1, jnp.nan).astype(log_p.dtype)
 
 
 def soft_cross_entropy(
@@ -49,6 +60,7 @@ def label_kl(
 
     DKD's target-class term, and RLD's sample confidence, where the teacher's y is the class that it predicts.
     """
+    same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     return kl(label_against_rest(student_logits, student_labels), label_against_rest(teacher_logits, teacher_labels))
 
 
@@ -57,6 +69,7 @@ def pearson(a: jax.Array, b: jax.Array, epsilon: float = 0.0) -> jax.Array:
 
     `epsilon` is added to the denominator, the product of the centred norms.
     """
+    same_shape(a=a, b=b)
     a, b = (x - x.mean(axis=-1, keepdims=True) for x in (promote(a), promote(b)))
     scale = norm(a) * norm(b)
     return jnp.sum(a * b, axis=-1) / jnp.where(scale > 0, scale + epsilon, 1.0)
@@ -80,6 +93,7 @@ def ranking_alignment(
         raise ValueError(f"config.kind={kind!r} is none of 'l2', 'l1', 'spearman'")
     if rank_scale not in ("paper", "logits"):
         raise ValueError(f"config.rank_scale={rank_scale!r} is none of 'paper', 'logits'")
+    same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     unit = eps if rank_scale == "logits" else 1.0
     student_rank = unit * ranking.soft_rank(student_logits, regularization_strength=eps)
     teacher_rank = unit * ranking.soft_rank(teacher_logits, regularization_strength=eps)
@@ -91,6 +105,13 @@ def ranking_alignment(
 
 
 # What the losses are made of.
+
+
+def same_shape(**sides: jax.Array) -> None:
+    """ValueError that names two arguments whose shapes differ: they would be broadcast."""
+    (ours, s), (theirs, t) = ((name, jnp.shape(x)) for name, x in sides.items())
+    if s != t:
+        raise ValueError(f"{ours} has shape {s} and {theirs} {t}; give both the same, [..., C]")
 
 
 def promote(x: jax.Array) -> jax.Array:
@@ -143,6 +164,7 @@ def log_probabilities(
     where: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax of both sides' logits / T over the classes where `where`; the others' values mean nothing."""
+    same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     scaled = (promote(student_logits) / temperature, promote(teacher_logits) / temperature)
     if where is not None:
         scaled = tuple(jnp.where(where, logits, EXCLUDED) for logits in scaled)

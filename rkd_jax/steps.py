@@ -7,7 +7,7 @@ interrupted. Several students may share a program: one batch, one set of views a
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rkd_jax import losses, models
+from rkd_jax import losses, methods, models
 from rkd_jax.data import augment
 from rkd_jax.methods import Context, Distiller
 
@@ -229,6 +229,26 @@ def _step_rng(rng: jax.Array, step: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(rng, STEP), step)
 
 
+def _returned(method: Distiller, found: Any) -> tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]:
+    """What a method's loss returned; ValueError where it is not (terms, state, metrics) as methods/base.py has them."""
+    returned = f"{methods.called(method)}.loss returned"
+    if not isinstance(found, tuple | list) or len(found) != 3:
+        what = f"{len(found)} values" if isinstance(found, tuple | list) else f"a {type(found).__name__}"
+        raise ValueError(f"{returned} {what}; return three: the terms, the next state, and the metrics, {{}} for none")
+    for what, values in (("term", found[0]), ("metric", found[2])):
+        if not isinstance(values, Mapping):
+            raise ValueError(f"{returned} a {type(values).__name__} for its {what}s; return a dict of named scalars")
+        for name, value in values.items():
+            if not isinstance(value, jax.Array | np.ndarray | np.number | float | int):
+                raise ValueError(f"{returned} the {what} {name!r} as a {type(value).__name__}; return a scalar")
+            if shape := jnp.shape(value):
+                raise ValueError(f"{returned} the {what} {name!r} of shape {shape}; return a scalar, e.g. its .mean()")
+    if "label" not in found[0]:
+        terms = ", ".join(map(repr, found[0])) or "none"
+        raise ValueError(f"{returned} no term 'label', but {terms}; name the cross-entropy with the labels so")
+    return found
+
+
 def _update(
     learner: Learner,
     recipe: Recipe,
@@ -271,7 +291,7 @@ def _update(
 
     def terms_of(params, method_state, student, target, i):
         where = context._replace(rng=jax.random.fold_in(rng, num_views + i))
-        return method.loss(params["method"], method_state, student, target, batch, where)
+        return _returned(method, method.loss(params["method"], method_state, student, target, batch, where))
 
     def objective(params):
         """The label term and the sum of the others, each reduced over the views, and everything else as auxiliary."""

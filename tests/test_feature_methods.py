@@ -6,11 +6,13 @@ REFERENCES.
 
 import functools
 import importlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_methods import FEATURES, context, jit
 from test_train import assert_same
 
@@ -388,22 +390,40 @@ def test_every_pair_of_the_paper(pair):
         assert all(value.shape == () for value in found.values()), name
 
 
-@pytest.mark.parametrize("name", sorted(FEATURES - {"crd"}))
+@pytest.mark.parametrize("name", sorted(FEATURES))
 def test_networks_without_maps_are_named(name):
     method = methods.create(name)
-    field = {"cat_kd": "class_maps", "ickd": "last_map"}.get(name, "features")
-    bare, message = Outputs(S.logits, (), S.embedding), f"reads the student's {field}, and config.student returns none"
+    field = {"cat_kd": "class_maps", "crd": "embedding", "ickd": "last_map"}.get(name, "features")
+    bare, message = Outputs(S.logits), f"reads the student's {field}, and config.student returns none"
     with pytest.raises(ValueError, match=message):
         method.init(jax.random.key(0), shapes(bare), shapes(T), EXAMPLES)
     field = "preactivations" if name == "reviewkd" else field
-    bare = T._replace(**{field: None if name in ("cat_kd", "ickd") else ()})
+    bare = T._replace(**{field: None if name in ("cat_kd", "crd", "ickd") else ()})
     with pytest.raises(
         ValueError, match=f"reads the teacher's {field}, and config.teacher returns none; return {field}"
     ):
         method.init(jax.random.key(0), shapes(S), shapes(bare), EXAMPLES)
-    if name not in ("cat_kd", "fitnets", "ickd"):
+    if name == "reviewkd":
+        with pytest.raises(ValueError, match=r"reads the teacher's embedding, and config\.teacher returns none"):
+            method.init(jax.random.key(0), shapes(S), shapes(T._replace(embedding=None)), EXAMPLES)
+    if name not in ("cat_kd", "crd", "fitnets", "ickd"):
         with pytest.raises(ValueError, match=r"config\.student returns 1 of at least 2"):
             method.init(jax.random.key(0), shapes(S._replace(features=S.features[:1])), shapes(T), EXAMPLES)
+
+
+@pytest.mark.parametrize("name", ["at", "crd", "fitnets", "ickd", "reviewkd", "sp", "vid"])
+def test_the_documentations_network_has_what_they_read(name, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "methods.md").read_text()
+    (tmp_path / "my_networks.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1))
+    monkeypatch.syspath_prepend(tmp_path)
+    student, teacher = traced("my_networks:Net", CLASSES, 32), traced("resnet8", CLASSES, 32)
+    method, batch = methods.create(name), {"label": jnp.zeros(2, jnp.int32), "index": jnp.arange(2)}
+
+    def loss(student, teacher):
+        params, state = method.init(jax.random.key(0), shapes(student), shapes(teacher), 10)
+        return method.loss(params, state, student, teacher, batch, context(0.0))[0]
+
+    assert {value.shape for value in jax.eval_shape(loss, student, teacher).values()} == {()}
 
 
 @pytest.mark.parametrize("name", sorted(FEATURES))

@@ -1,6 +1,7 @@
 """Each loss against a plain NumPy version in float64, its values and its gradients; stability; precision."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -176,6 +177,35 @@ def test_finite_at_extreme_logits(name, extreme):
     value, gradients = compiled(name)(*map(jnp.float32, EXTREMES[extreme]))
     assert np.isfinite(value).all()
     assert np.isfinite(gradients).all()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int32])
+def test_labels_that_are_no_class_make_their_rows_nan(dtype):
+    s, y = jnp.float32(S), jnp.array([-1, *Y[1:-1], CLASSES], dtype)
+    value = losses.cross_entropy(s, y)
+    gradient = jax.grad(lambda s: losses.cross_entropy(s, y).sum())(s)
+    assert np.isnan(value[jnp.array([0, -1])]).all()
+    assert np.isnan(gradient[jnp.array([0, -1])]).all()
+    expected, slope = compiled("cross_entropy")(s, s)
+    np.testing.assert_allclose(value[1:-1], expected[1:-1], rtol=1e-6)
+    np.testing.assert_allclose(gradient[1:-1], slope[0][1:-1], rtol=1e-6, atol=1e-7)
+    assert losses.cross_entropy(jnp.zeros((1, 1000)), jnp.array([5], dtype)) == pytest.approx(np.log(1000))
+
+
+def test_labels_that_cannot_be_are_named():
+    with pytest.raises(TypeError, match=r"labels has dtype float32; give each row's class as an integer, e\.g\. int32"):
+        losses.cross_entropy(S, jnp.float32(Y))
+    with pytest.raises(ValueError, match=r"labels has shape \(5, 1\), and logits \(5, 7\); give .* shape \(5,\)"):
+        losses.cross_entropy(S, Y[:, None])
+
+
+@pytest.mark.parametrize("name", ["kl", "soft_cross_entropy", "label_kl", "ranking_alignment", "pearson"])
+def test_sides_of_other_shapes_are_named(name):
+    loss = functools.partial(losses.label_kl, student_labels=Y, teacher_labels=Y) if name == "label_kl" else None
+    ours, theirs = ("a", "b") if name == "pearson" else ("student_logits", "teacher_logits")
+    for other in (T[:1], T[:, :-1], T[0]):
+        with pytest.raises(ValueError, match=re.escape(f"{ours} has shape (5, 7) and {theirs} {other.shape}; give")):
+            (loss or getattr(losses, name))(S, other)
 
 
 def test_kl_at_extreme_logits_is_exact():

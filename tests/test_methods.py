@@ -562,6 +562,8 @@ def test_dot_asks_for_momentum_and_room_for_its_delta():
         dot.two_momenta(optax.sgd(0.1, 0.9), 0.2)
     with pytest.raises(ValueError, match=r"config.inner has to be a method with a teacher"):
         methods.create("dot", inner="cross_entropy")
+    with pytest.raises(ValueError, match=r"config.inner cannot be 'dot', .* per term; unset, it is 'kd'"):
+        methods.create("dot", inner="dot")
 
 
 def test_dots_inner_method_gets_its_fields_and_its_authors_values():
@@ -609,6 +611,8 @@ def test_unknown_names_suggest_the_nearest():
         methods.create("dkdd")
     with pytest.raises(ValueError, match=r"config.method='zzz' is no method\. There are"):
         methods.create("zzz")
+    with pytest.raises(ValueError, match=r"^config.inner='dkdd' is no method; did you mean 'dkd'\?"):
+        methods.create("dot", inner="dkdd")
     with pytest.raises(
         ValueError, match=r"config.tempereture=2.0 .* 'kd' does not read it; did you mean 'temperature'"
     ):
@@ -710,6 +714,10 @@ def test_a_method_of_ones_own(tmp_path, monkeypatch, capsys):
         methods.load("my_methods:losses")
     with pytest.raises(ValueError, match=r"config.method='no_such:Method' cannot be imported: No module"):
         methods.load("no_such:Method")
+    with pytest.raises(ValueError, match=r"^config.inner='my_methods:losses' is no distillation method"):
+        methods.create("dot", inner="my_methods:losses")
+    with pytest.raises(ValueError, match=r"^config.inner='no_such:Method' cannot be imported"):
+        methods.create("dot", inner="no_such:Method")
 
 
 # The listing and the documentation.
@@ -742,7 +750,7 @@ def test_the_documentation_is_up_to_date(capsys):
     table = capsys.readouterr().out.strip()
     page = (ROOT / "docs" / "methods.md").read_text()
     assert table in page, "write the output of `python -m rkd_jax.methods --markdown` into docs/methods.md"
-    example = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
+    _, example = re.findall(r"```python\n(.*?)```", page, re.DOTALL)  # the first: tests/test_feature_methods.py
     assert textwrap.dedent(example).strip() == MINE.strip()
 
 

@@ -12,9 +12,10 @@ from conftest import FAST_COMPILE
 from flax import traverse_util
 from jax.test_util import check_grads
 
-from rkd_jax import convert, experiment, models
+from rkd_jax import checkpoint, convert, experiment, models
 from rkd_jax.models import __main__ as table
 from rkd_jax.models import layers
+from rkd_jax.report import figures
 
 try:
     import torch
@@ -403,7 +404,23 @@ def test_own_network(own, factory, features):
     outputs = model.apply(variables, jnp.ones((2, 8, 8, 1)), train=False)
     assert outputs.logits.shape == (2, 7)
     assert len(outputs.features) == features
-    assert outputs.embedding.shape == ((2, 4) if features else (2, 7))
+    assert outputs.embedding.shape == (2, 4) if features else outputs.embedding is None
+
+
+def test_outputs_need_but_logits():
+    logits = jnp.ones((2, 7), jnp.bfloat16)
+    assert models.Outputs(logits) == (logits, (), None, (), None, None)
+    found = models.Outputs.of(logits)
+    assert found.logits.dtype == jnp.float32
+    assert found[1:] == ((), None, (), None, None)
+
+
+def test_own_network_without_embedding_has_no_tsne(own, tmp_path):
+    variables = models.create("own_networks:logits", 10).init(jax.random.key(0), jnp.ones((2, 8, 8, 1)), train=False)
+    metadata = {"network": "own_networks:logits", "num_classes": 10, "mean": (0.5,), "std": (0.5,)}
+    checkpoint.save_network(tmp_path / "net", variables, metadata)
+    with pytest.raises(SystemExit, match=r"--networks: 'N' has no embedding; return it in rkd_jax\.models\.Outputs"):
+        figures.main(["tsne", "--networks", f"N={tmp_path / 'net'}", "--dataset", "digits", "--num_images", "20"])
 
 
 @pytest.mark.parametrize(

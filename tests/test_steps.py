@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 from jax import export
 
-from rkd_jax import experiment, steps
+from rkd_jax import experiment, losses, steps
 from rkd_jax.data import augment
-from rkd_jax.methods import base
+from rkd_jax.methods import base, dot
 from rkd_jax.models import _conv
 
 RNG = jax.random.key(0)
@@ -192,6 +193,49 @@ def test_dot_knows_what_each_gradient_reaches(tiny):
     by_layer = {layer: {bool(x) for x in jax.tree.leaves(tree)} for layer, tree in distill["student"].items()}
     assert by_layer.pop("fc") == {False}
     assert set.union(*by_layer.values()) == {True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Returns(base.Distiller):
+    """Returns what it is told to make of the cross-entropy of each example."""
+
+    make: Callable = None
+
+    def loss(self, params, state, student, teacher, batch, context):
+        return self.make(losses.cross_entropy(student.logits, batch["label"]))
+
+
+@pytest.mark.parametrize("one_batch", [False, True])
+def test_what_a_loss_cannot_return_is_named(tiny, one_batch):
+    run, state, inputs, _ = prepare(tiny(views="both"))
+    order, mesh = steps.epoch_order(RNG, 0, 64), steps.data_mesh(8)
+
+    def traced(make, inner=False):
+        method = dot.Method(Returns(make=make)) if inner else Returns(make=make)
+        learner = run.learner._replace(method=method, views_in_one_batch=one_batch)
+        step = steps.make_train_step([learner], run.teacher, run.recipe, mesh)
+        with _conv.xla_alone():  # as on a GPU
+            return jax.eval_shape(step, (state,), inputs, order)[1][0]
+
+    for make, complaint in (
+        (lambda ce: ({"label": ce}, {}, {}), "the term 'label' of shape (8,); return a scalar, e.g. its .mean()"),
+        (lambda ce: ({"label": ce.mean()}, {}, {"a": ce}), "the metric 'a' of shape (8,); return a scalar, e.g. its"),
+        (lambda ce: ({"label": None}, {}, {}), "the term 'label' as a NoneType; return a scalar"),
+        (lambda ce: (ce.mean(), {}, {}), "for its terms; return a dict of named scalars"),
+        (lambda ce: ({"label": ce.mean()}, {}, None), "a NoneType for its metrics; return a dict of named scalars"),
+        (
+            lambda ce: ({"a": ce.mean(), "b": ce.mean()}, {}, {}),
+            "no term 'label', but 'a', 'b'; name the",
+        ),
+        (lambda ce: ({}, {}, {}), "no term 'label', but none; name the cross-entropy"),
+        (lambda ce: {"label": ce.mean()}, "a dict; return three: the terms, the next state, and the metrics, {} for"),
+        (lambda ce: ({"label": ce.mean()}, {}), "2 values; return three: the terms, the next state, and the metrics"),
+    ):
+        with pytest.raises(ValueError, match=r"^test_steps:Returns\.loss returned .*" + re.escape(complaint)):
+            traced(make)
+    with pytest.raises(ValueError, match=r"^dot of test_steps:Returns\.loss returned the term 'label'"):
+        traced(lambda ce: ({"label": ce}, {}, {}), inner=True)
+    assert traced(lambda ce: [{"label": ce.mean(), "zero": 0.0}, {}, {"one": 1}])["one"].shape == ()
 
 
 def test_first_bad_step_is_kept(tiny):

@@ -13,7 +13,7 @@ from typing import Any
 
 from rkd_jax.methods.base import Context, Distiller
 
-__all__ = ["Context", "Distiller", "create", "fields", "hyperparameters", "load", "names", "resolve"]
+__all__ = ["Context", "Distiller", "called", "create", "fields", "hyperparameters", "load", "names", "resolve"]
 
 
 @functools.cache
@@ -23,20 +23,23 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(name for name in modules if name != "base" and not name.startswith("_")))
 
 
-def load(name: str) -> type[Distiller]:
-    """The class of a method: "kd" is rkd_jax/methods/kd.py, "my_module:Class" any class that can be imported."""
+def load(name: str, field: str = "config.method") -> type[Distiller]:
+    """The class of a method: "kd" is rkd_jax/methods/kd.py, "my_module:Class" any class that can be imported.
+
+    `field` is the config field that gave the name, for the error.
+    """
     if ":" in name:
         module, attribute = name.split(":", 1)
         try:
             method = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
-            raise ValueError(f"config.method={name!r} cannot be imported: {error}; write it as module:Class") from error
+            raise ValueError(f"{field}={name!r} cannot be imported: {error}; write it as module:Class") from error
         if not (isinstance(method, type) and issubclass(method, Distiller)):
-            raise ValueError(f"config.method={name!r} is no distillation method; derive it from methods.Distiller")
+            raise ValueError(f"{field}={name!r} is no distillation method; derive it from methods.Distiller")
         return method
     if name not in names():
         raise ValueError(
-            f"config.method={name!r} is no method{_nearest(name, names())} There are {', '.join(names())}, "
+            f"{field}={name!r} is no method{_nearest(name, names())} There are {', '.join(names())}, "
             "and module:Class for your own."
         )
     return importlib.import_module(f"{__name__}.{name}").Method
@@ -79,6 +82,12 @@ def hyperparameters(method: Distiller) -> dict[str, Any]:
     return found
 
 
+def called(method: Distiller) -> str:
+    """How a config names a method, for errors: "kd", "my_module:Class", "dot of kd"."""
+    within = (value for value in vars(method).values() if isinstance(value, Distiller))
+    return " of ".join([_name(type(method)), *map(called, within)])
+
+
 def _create(method: type[Distiller], given: Mapping[str, Any], places: tuple[str, ...]) -> Distiller:
     """A method with its values for these places, then the given ones; those it lacks go to the method within."""
     values: dict[str, Any] = {}
@@ -89,7 +98,7 @@ def _create(method: type[Distiller], given: Mapping[str, Any], places: tuple[str
     foreign = {name: values.pop(name) for name in list(values) if name not in known}
     for name, field in known.items():
         if field.type is Distiller:
-            inner = load(values[name]) if name in values else type(field.default)
+            inner = load(values[name], f"config.{name}") if name in values else type(field.default)
             values[name], foreign = _create(inner, foreign, places), {}
     for name, value in foreign.items():
         raise ValueError(

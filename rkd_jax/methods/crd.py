@@ -37,11 +37,12 @@ class Method(base.Distiller):
     num_negatives: int = base.positive(16384)  # K, of other classes, for each example
 
     def init(self, rng, student, teacher, num_examples):
-        keys = jax.random.split(rng, 4)
-        sides, bound = {"student": student, "teacher": teacher}, (3 / self.embedding_dim) ** 0.5
+        keys, bound = jax.random.split(rng, 4), (3 / self.embedding_dim) ** 0.5
+        ours, theirs = _maps.both("crd", student, teacher, "embedding")
+        sides = {"student": ours, "teacher": theirs}
         params, state = {}, {"label": jnp.full(num_examples, -1, jnp.int32)}
-        for (side, outputs), key, bank_key in zip(sides.items(), keys[:2], keys[2:], strict=True):
-            params[side] = _maps.init(Projection(self.embedding_dim), key, outputs.embedding)
+        for (side, embedding), key, bank_key in zip(sides.items(), keys[:2], keys[2:], strict=True):
+            params[side] = _maps.init(Projection(self.embedding_dim), key, embedding)
             entries = jax.random.uniform(bank_key, (num_examples, self.embedding_dim), jnp.float32, -bound, bound)
             state[side] = {"bank": entries, "log_partition": jnp.float32(-jnp.inf)}
         return params, state

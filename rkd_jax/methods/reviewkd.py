@@ -50,7 +50,8 @@ def levels(student, teacher):
     """The student's maps and the teacher's, from the deepest up: the embeddings, as maps of one position, first."""
     stages = _maps.pairs("reviewkd", student, teacher, theirs="preactivations")
     ours, theirs = zip(*reversed(stages), strict=True)
-    return (student.embedding[:, None, None], *ours), (teacher.embedding[:, None, None], *theirs)
+    s, t = _maps.both("reviewkd", student, teacher, "embedding")
+    return (s[:, None, None], *ours), (t[:, None, None], *theirs)
 
 
 def hierarchical_distance(s, t):

@@ -28,7 +28,7 @@ __all__ = ["Adapter", "Outputs", "create", "fold", "in_turn", "names", "resolve"
 
 
 class Outputs(NamedTuple):
-    """What every network returns, float32.
+    """What every network returns, float32; a network of your own may leave out all but the logits.
 
     `features` are the stages' maps as they hand them on, after their activation where they end with one, and
     `preactivations` the maps before it, from the stem on; each family's file says where they lie. What is not used
@@ -36,8 +36,8 @@ class Outputs(NamedTuple):
     """
 
     logits: jax.Array  # [B, C]
-    features: tuple[jax.Array, ...]  # per stage, NHWC
-    embedding: jax.Array  # [B, D], the classifier's input
+    features: tuple[jax.Array, ...] = ()  # per stage, NHWC
+    embedding: jax.Array | None = None  # [B, D], the classifier's input
     preactivations: tuple[jax.Array, ...] = ()  # per stage, NHWC, before the activation
     class_maps: jax.Array | None = None  # [B, H, W, C], the classifier at each position; their average is the logits
     last_map: jax.Array | None = None  # [B, H, W, D], whose average is the embedding; not every network's last feature
@@ -46,8 +46,8 @@ class Outputs(NamedTuple):
     def of(
         cls,
         logits: jax.Array,
-        features: Iterable[jax.Array],
-        embedding: jax.Array,
+        features: Iterable[jax.Array] = (),
+        embedding: jax.Array | None = None,
         preactivations: Iterable[jax.Array] = (),
         class_maps: jax.Array | None = None,
         last_map: jax.Array | None = None,
@@ -125,7 +125,7 @@ class Adapter(nn.Module):
         nn.share_scope(self, self.network)
 
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
-        """Outputs as they come; logits alone become Outputs without features, the logits being the embedding too."""
+        """Outputs as they come; logits alone become Outputs without features and embedding."""
         found = self.network(images, train=train)
         logits = found.logits if isinstance(found, Outputs) else found
         if getattr(logits, "shape", None) != (count := images.shape[0], self.num_classes):
@@ -135,7 +135,7 @@ class Adapter(nn.Module):
                 f"network {self.name_given!r} returned {what} for {count} images of {self.num_classes} classes; "
                 f"return rkd_jax.models.Outputs, or logits of shape ({count}, {self.num_classes})"
             )
-        return Outputs.of(*found) if isinstance(found, Outputs) else Outputs.of(found, (), found)
+        return Outputs.of(*found) if isinstance(found, Outputs) else Outputs.of(found)
 
 
 def _own(name: str, num_classes: int, dtype: Any, field: str) -> nn.Module:

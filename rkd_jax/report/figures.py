@@ -58,7 +58,7 @@ class Predicted(NamedTuple):
 
     label: str  # its name in the figure
     logits: np.ndarray  # [N, C]
-    embedding: np.ndarray  # [N, D]
+    embedding: np.ndarray | None  # [N, D]; None where the network returns none
 
 
 def named(text: str) -> tuple[str, Path]:
@@ -101,9 +101,8 @@ def predict(texts: Sequence[str], images: np.ndarray, num_classes: int, flag: st
         network = evaluate.restore(network_folder(folder), images.shape[1:], num_classes, flag)
         apply = jax.jit(lambda variables, batch, network=network: network._replace(variables=variables)(batch))
         outputs = [apply(network.variables, images[i : i + 500]) for i in range(0, len(images), 500)]
-        logits, embedding = (
-            np.concatenate([np.asarray(getattr(each, name)) for each in outputs]) for name in ("logits", "embedding")
-        )
+        values = zip(*((each.logits, each.embedding) for each in outputs), strict=True)
+        logits, embedding = (None if each[0] is None else np.concatenate([*map(np.asarray, each)]) for each in values)
         found.append(Predicted(label, logits, embedding))
     return found
 
@@ -248,6 +247,9 @@ def draw_tsne(args: argparse.Namespace) -> Figure:
     if len(classes) > 30:
         raise ValueError(f"--classes: {len(classes)} are too many to be told apart; name 30 at most")
     networks = predict(args.networks, images, splits.num_classes, "--networks")
+    for network in networks:
+        if network.embedding is None:
+            raise ValueError(f"--networks: {network.label!r} has no embedding; return it in rkd_jax.models.Outputs")
     names = class_names(dataset, args.data_dir, splits.num_classes)
     figure, axes = _panels(len(networks), 3.4, 3.4)
     for axis, network in zip(axes, networks, strict=True):
