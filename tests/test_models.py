@@ -415,6 +415,10 @@ def test_outputs_need_but_logits():
     assert found[1:] == ((), None, (), None, None)
 
 
+def test_own_network_without_embedding_is_listed(own):
+    assert str(table.describe("own_networks:logits", image_size=8)).split()[-1] == "-"
+
+
 def test_own_network_without_embedding_has_no_tsne(own, tmp_path):
     variables = models.create("own_networks:logits", 10).init(jax.random.key(0), jnp.ones((2, 8, 8, 1)), train=False)
     metadata = {"network": "own_networks:logits", "num_classes": 10, "mean": (0.5,), "std": (0.5,)}

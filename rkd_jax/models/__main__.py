@@ -24,11 +24,13 @@ class Row(NamedTuple):
     parameters: int
     mmacs: float
     xla: float
-    embedding: int
+    embedding: int | None  # None: the network returns none
     features: tuple[str, ...]  # channels@side
 
     def __str__(self) -> str:
-        figures = f"{self.name:18} {self.parameters:>10,} {self.mmacs:>8,.1f} {self.xla:>8,.1f} {self.embedding:>9}"
+        figures = (
+            f"{self.name:18} {self.parameters:>10,} {self.mmacs:>8,.1f} {self.xla:>8,.1f} {self.embedding or '-':>9}"
+        )
         return f"{figures}  {' '.join(self.features)}"
 
 
@@ -54,7 +56,7 @@ def describe(name: str, num_classes: int = 100, image_size: int = 32) -> Row:
         sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
         sum(macs) / 1e6,
         inference.cost_analysis()["flops"] / 2e6,
-        outputs.embedding.shape[-1],
+        None if outputs.embedding is None else outputs.embedding.shape[-1],
         tuple(f"{feature.shape[-1]}@{feature.shape[1]}" for feature in outputs.features),
     )
 
