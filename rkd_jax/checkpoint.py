@@ -107,7 +107,7 @@ def load_network(
         raise ValueError(
             f"{field}={str(path)!r} was trained on {metadata['num_classes']} classes"
             + (f" ({metadata['dataset']})" if metadata.get("dataset") else "")
-            + f", config.dataset has {num_classes}; give the --config it was trained by, or a network of this data set"
+            + f", config.dataset has {num_classes}; name its data set, or a network of this one"
         )
     try:
         variables = _restore_numpy(path / "variables")

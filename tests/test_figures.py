@@ -194,7 +194,7 @@ def test_eps_shows_blocks(tmp_path):
         ([*RANKED, "{student}", "--image", "355"], "--image=355 .* 0 to 354"),
         (["ranked_logits", "--teacher", "nowhere", "--students", "{student}"], "--teacher='nowhere' holds no network"),
         ([*RANKED, "{teacher}"], "--dataset is missing"),
-        ([*RANKED, "{student}", "{hundred}"], "--students=.* on 100 classes, the data set has 10"),
+        ([*RANKED, "{student}", "{hundred}"], "--students=.* on 100 classes, --dataset has 10"),
         (["tsne", "--networks", "{student}", "--classes", "1", "10"], "--classes: 10 is no class of digits"),
         (["tsne", "--networks", "{student}", "--num_images", "999"], "--num_images=999 exceeds the 355"),
         (["tsne", "--networks", "{student}", "--num_images", "10"], "--num_images: 10 images of 10 classes"),

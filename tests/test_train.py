@@ -334,7 +334,7 @@ def test_teacher_that_is_not_there(tiny, tmp_path):
 def test_teacher_of_other_classes_or_shapes(tiny, teacher, tmp_path):
     variables, metadata = checkpoint.load_network(teacher)
     checkpoint.save_network(tmp_path / "classes", variables, metadata | {"num_classes": 7})
-    with pytest.raises(ValueError, match=r"7 classes, config\.dataset has 10; give the --config it was trained by"):
+    with pytest.raises(ValueError, match=r"7 classes, config\.dataset has 10; name its data set"):
         experiment.build(tiny(teacher_checkpoint=str(tmp_path / "classes")))
     name = next(iter(variables["params"]))
     short = variables | {"params": {k: v for k, v in variables["params"].items() if k != name}}
