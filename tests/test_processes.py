@@ -73,6 +73,8 @@ def test_two_devices_and_two_processes_give_the_losses_of_one(slow, tmp_path):
     for other in ("devices", "processes"):
         np.testing.assert_allclose(losses(tmp_path / other), losses(tmp_path / "one"), rtol=1e-5)
         assert (tmp_path / other / "last" / "metadata.json").exists()
+    finish(*start_two(slow(stream=True), tmp_path / "streamed"))  # each process reads its rows
+    np.testing.assert_array_equal(losses(tmp_path / "streamed"), losses(tmp_path / "processes"))
 
 
 def test_batch_that_does_not_divide_among_the_devices(slow, tmp_path):

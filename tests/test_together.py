@@ -89,7 +89,7 @@ def differ(*changes, **shared):
 
 
 SWEEPS = {
-    "lambdas": differ(*({"lam": lam} for lam in (0.1, 5.0)), views="both"),
+    "lambdas": differ(*({"lam": lam} for lam in (0.1, 0.5, 1.0, 5.0, 10.0)), views="both"),
     "methods": differ(
         {"method": "cross_entropy", "teacher_checkpoint": ""}, {"method": "kd"}, {"method": "ranking_alignment"}
     ),
@@ -134,7 +134,7 @@ def test_interrupted_at_different_steps_they_go_on(tiny, tmp_path):
     assert [summary["config"]["lam"] for summary in summaries] == list(lams)
     assert [summary["together"] for summary in summaries] == [1, 2, 2, 1]
     assert records(folders[0.1]) == finished
-    for lam in (5.0, 10.0):
+    for lam in lams:
         train.train_and_evaluate(tiny(lam=lam), tmp_path / f"alone{lam}")
         assert records(folders[lam]) == records(tmp_path / f"alone{lam}")
 
