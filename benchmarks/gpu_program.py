@@ -83,8 +83,9 @@ def compiled(name, fields, mesh):
     labels = jax.ShapeDtypeStruct((num_images,), jnp.int32)
     inputs = steps.Inputs(key, (key,), images, labels, run.teacher_variables)
     whole = NamedSharding(mesh, PartitionSpec())
+    state = jax.eval_shape(lambda: run.create_state(key))
     arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), ((run.create_state(key),), inputs, labels)
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), ((state,), inputs, labels)
     )
     return step.lower(*arguments, 2).compile().as_text()
 

@@ -265,8 +265,8 @@ class Ours:
         self.variables = experiment.untrained(self.teacher, shape)
         if on_gpu():
             self.variables = models.fold(self.teacher, self.variables, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-        networks = self.student, self.teacher, self.variables
-        state = steps.create_state(self.rng, *networks, self.method, self.tx, shape, BATCH)
+        made_of = self.student, self.teacher, self.variables, self.method, self.tx, shape, BATCH
+        state = steps.run_once(lambda rng: steps.create_state(rng, *made_of), self.rng)
         self.state = steps.replicate(state, self.mesh)
 
     def stepper(self, num_images=10_000, views=("weak", "strong"), lams=(), a_call=None):

@@ -54,7 +54,7 @@ class Experiment(NamedTuple):
         return self.config["seed" if self.config["data_seed"] is None else "data_seed"]
 
     def create_state(self, rng: jax.Array) -> steps.TrainState:
-        """The state before the first step."""
+        """The state before the first step; `steps.run_once` makes it."""
         images, labels = self.splits.train
         networks = self.student, self.teacher, self.teacher_variables
         return steps.create_state(rng, *networks, self.method, self.tx, images.shape[1:], len(labels))

@@ -175,7 +175,7 @@ class Student:
         self.bad_step: int | None = None  # the first whose loss or update was not finite
         self._label = label
         self._checkpoints = Checkpoints(workdir / "checkpoints") if processes.leads() else None
-        self.state = run.create_state(jax.random.key(run.config["seed"]))
+        self.state = steps.run_once(run.create_state, jax.random.key(run.config["seed"]))
         self.parameters = models.count_parameters(self.state.params["student"])
         self.progress: dict[str, Any] = {"best": None, "last": None, "totals": {}, "seconds": 0.0}
 

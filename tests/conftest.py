@@ -12,6 +12,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["PYTHONPATH"] = os.pathsep.join(  # child processes find tests/small_network.py too
+    filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+)
 
 import jax
 import jax.numpy as jnp
@@ -43,17 +46,27 @@ def real():
     return REAL
 
 
+def untrained(name, path):
+    """Makes the folder of an untrained network for the digits."""
+    splits = data.load("digits")
+    network = models.create(name, 10)
+    variables = jax.jit(network.init, compiler_options=FAST_COMPILE)(jax.random.key(7), jnp.zeros((1, 8, 8, 1)))
+    checkpoint.save_network(
+        path, variables, {"network": name, "num_classes": 10, "mean": splits.mean, "std": splits.std}
+    )
+    return path
+
+
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
     """The folder of an untrained resnet8 for the digits."""
-    path = tmp_path_factory.mktemp("teacher") / "resnet8"
-    splits = data.load("digits")
-    network = models.create("resnet8", 10)
-    variables = jax.jit(network.init)(jax.random.key(7), jnp.zeros((1, 8, 8, 1)))
-    checkpoint.save_network(
-        path, variables, {"network": "resnet8", "num_classes": 10, "mean": splits.mean, "std": splits.std}
-    )
-    return path
+    return untrained("resnet8", tmp_path_factory.mktemp("teacher") / "resnet8")
+
+
+@pytest.fixture(scope="session")
+def small_teacher(tmp_path_factory):
+    """The folder of an untrained network of one block for the digits."""
+    return untrained("small_network:create", tmp_path_factory.mktemp("teacher") / "small")
 
 
 @pytest.fixture
@@ -63,17 +76,24 @@ def fast_compile(monkeypatch):
 
 
 @pytest.fixture
-def tiny(teacher):
-    """Makes configs of a run of seconds: resnet8 > resnet8 on 64 digits, 12 steps of 8 (8 steps an epoch)."""
+def tiny(small_teacher):
+    """Makes configs of a run of seconds: one block > one block on 64 digits, 12 steps of 8 (8 steps an epoch)."""
 
     def make(**fields):
         config = default.get_config()
         config.update(
-            dataset="digits", student="resnet8", teacher="resnet8", teacher_checkpoint=str(teacher), views="weak",
-            crop_padding=1, flip=False, num_train=64, num_test=40, batch_size=8, num_steps=12, log_every=3,
-            eval_batch_size=32, learning_rate=0.01,
+            dataset="digits", student="small_network:create", teacher="small_network:create",
+            teacher_checkpoint=str(small_teacher), views="weak", crop_padding=1, flip=False, num_train=64, num_test=40,
+            batch_size=8, num_steps=12, log_every=3, eval_batch_size=32, learning_rate=0.01,
         )  # fmt: skip
         config.update(fields)
         return config
 
     return make
+
+
+@pytest.fixture
+def resnets(tiny, teacher):
+    """Makes the configs of `tiny` for resnet8 > resnet8."""
+    pair = {"student": "resnet8", "teacher": "resnet8", "teacher_checkpoint": str(teacher)}
+    return lambda **fields: tiny(**pair | fields)

@@ -16,7 +16,7 @@ from conftest import ROOT
 from test_methods import FEATURES, context, jit
 from test_train import assert_same
 
-from rkd_jax import experiment, methods, models, train
+from rkd_jax import experiment, methods, models, steps, train
 from rkd_jax.checkpoint import Checkpoints
 from rkd_jax.methods import _maps, crd, fitnets
 from rkd_jax.models import Outputs
@@ -353,7 +353,7 @@ def test_resumed_run_is_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train.Student, "log", log)
     resumed = train.train_and_evaluate(config, tmp_path / "b")
     assert resumed["last"] == whole["last"]
-    template = experiment.build(config).create_state(jax.random.key(0))
+    template = steps.run_once(experiment.build(config).create_state, jax.random.key(0))
     states = [Checkpoints(tmp_path / name / "checkpoints").restore(template, 8)[0] for name in "ab"]
     for part in (lambda state: state.params["method"], lambda state: state.method_state):
         assert_same(*map(part, states))

@@ -37,7 +37,7 @@ def test_comparison_trains_teacher_student_and_both(tiny, tmp_path, capsys):
     assert [line.split()[0] for line in lines[2:]] == ["teacher", "student", "student"]
     for line, row in zip(lines[2:], rows, strict=True):
         assert f"{row['last']['top1']:.2f}" in line
-        assert "77,754" in line
+        assert "1,362" in line
     paths = [result["path"] for result in evaluate.run(tiny(), tmp_path / "run")]
     assert len(paths) == 6  # best and last of three
 
@@ -57,9 +57,9 @@ def test_comparison_finds_what_is_wrong_before_it_trains(tiny, tmp_path, fields,
     assert not (tmp_path / "run").exists()
 
 
-def test_comparison_finds_another_teacher_than_the_given_one_before_it_trains(tiny, tmp_path):
+def test_comparison_finds_another_teacher_than_the_given_one_before_it_trains(resnets, tmp_path):
     with pytest.raises(ValueError, match=r"config.teacher_checkpoint=.*holds a resnet8, not a resnet14"):
-        runs.compare(tiny(compare=True, teacher="resnet14"), tmp_path / "run")
+        runs.compare(resnets(compare=True, teacher="resnet14"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -69,25 +69,25 @@ def test_comparison_evaluates_a_given_teacher(tiny, tmp_path):
     assert 0 <= rows[0]["last"]["top1"] <= 100
 
 
-def test_evaluation_names_the_field_and_says_what_it_cannot_write(tiny, teacher, tmp_path, capsys):
+def test_evaluation_names_the_field_and_says_what_it_cannot_write(resnets, teacher, tmp_path, capsys):
     shutil.copytree(teacher, tmp_path / "network")
     (tmp_path / "network" / "evaluation.json").mkdir()  # not to be written, as in a folder that is read-only
-    assert len(evaluate.run(tiny(), tmp_path / "network")) == 1
+    assert len(evaluate.run(resnets(), tmp_path / "network")) == 1
     assert re.search(r"not written: .*evaluation\.json", capsys.readouterr().out)
     metadata = json.loads((tmp_path / "network" / "metadata.json").read_text())
     (tmp_path / "network" / "metadata.json").write_text(json.dumps(metadata | {"num_classes": 100}))
     with pytest.raises(ValueError, match=r"^config.teacher_checkpoint=.* was trained on 100 classes"):
-        runs.compare(tiny(compare=True, teacher_checkpoint=str(tmp_path / "network")), tmp_path / "run")
+        runs.compare(resnets(compare=True, teacher_checkpoint=str(tmp_path / "network")), tmp_path / "run")
 
 
-def test_takd_goes_through_its_assistants(tiny, tmp_path):
-    summary = runs.distil(tiny(method="takd", assistant="resnet14", num_steps=2), tmp_path / "run")
+def test_takd_goes_through_its_assistants(resnets, tmp_path):
+    summary = runs.distil(resnets(method="takd", assistant="resnet14", num_steps=2), tmp_path / "run")
     link = json.loads((tmp_path / "run" / "assistants" / "resnet14" / "summary.json").read_text())["config"]
     assert (link["teacher"], link["student"]) == ("resnet8", "resnet14")
     assert (summary["config"]["teacher"], summary["config"]["student"]) == ("resnet14", "resnet8")
     assert summary["config"]["teacher_fingerprint"] != link["teacher_fingerprint"]
     with pytest.raises(ValueError, match=r"config.assistant is not set"):
-        runs.distil(tiny(method="takd"), tmp_path / "none")
+        runs.distil(resnets(method="takd"), tmp_path / "none")
 
 
 def test_own_folder_and_own_network_distil(tiny, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def prepare(config, method=None, **recipe):
         return state, metrics
 
     step.compilations = together._cache_size
-    return run, steps.replicate(run.create_state(RNG), mesh), steps.replicate(inputs, mesh), step
+    return run, steps.replicate(steps.run_once(run.create_state, RNG), mesh), steps.replicate(inputs, mesh), step
 
 
 def test_step_compiles_once_and_counts(tiny):
@@ -60,10 +60,10 @@ def test_step_compiles_once_and_counts(tiny):
     assert step.compilations() == 1
 
 
-def test_a_gpus_program_has_nothing_of_a_cpus(tiny, monkeypatch):
+def test_a_gpus_program_has_nothing_of_a_cpus(resnets, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(_conv, "available", _conv.available.__wrapped__)  # asked anew
-    run, state, inputs, step = prepare(tiny())
+    run, state, inputs, step = prepare(resnets())
     assert run.loop.steps_per_call == 10
     assert run.learner.views_in_one_batch
     assert not run.teacher_variables["batch_stats"]  # folded
@@ -142,7 +142,7 @@ def test_views_in_one_batch_are_views_in_turn(tiny, method):
     for one_batch in (False, True):
         learner = run.learner._replace(views_in_one_batch=one_batch)
         step = steps.make_train_step([learner], run.teacher, run.recipe, mesh)
-        state = steps.replicate(run.create_state(RNG), mesh)
+        state = steps.replicate(steps.run_once(run.create_state, RNG), mesh)
         with _conv.xla_alone():  # as on a GPU
             (state,), (metrics,) = step((state,), inputs, steps.epoch_order(RNG, 0, 64))
         found.append(jax.device_get((metrics, state.params, state.batch_stats, state.method_state)))

@@ -287,7 +287,7 @@ def test_finished_run_is_not_run_again(tiny, finished, capsys):
         ({"view_reduction": "max"}, "config.view_reduction='max' is none of"),
         ({"dtype": "float16"}, "config.dtype='float16' is none of"),
         ({"method": "cross_entropy", "lam": 3.0}, "config.lam=3.0 is set, but method 'cross_entropy' does not read it"),
-        ({"teacher": "resnet20"}, "config.teacher_checkpoint=.* holds a resnet8, not a resnet20"),
+        ({"teacher": "resnet20"}, "config.teacher_checkpoint=.* holds a small_network:create, not a resnet20"),
         ({"num_steps": 0}, "config.num_steps=0 is too low"),
         ({"learning_rate": -0.1}, "config.learning_rate=-0.1 is too low"),
         ({"learning_rate": float("nan")}, "config.learning_rate=nan is too low"),
@@ -331,8 +331,8 @@ def test_teacher_that_is_not_there(tiny, tmp_path):
             experiment.build(tiny(teacher_checkpoint=path))
 
 
-def test_teacher_of_other_classes_or_shapes(tiny, teacher, tmp_path):
-    variables, metadata = checkpoint.load_network(teacher)
+def test_teacher_of_other_classes_or_shapes(tiny, small_teacher, tmp_path):
+    variables, metadata = checkpoint.load_network(small_teacher)
     checkpoint.save_network(tmp_path / "classes", variables, metadata | {"num_classes": 7})
     with pytest.raises(ValueError, match=r"7 classes, config\.dataset has 10; name its data set"):
         experiment.build(tiny(teacher_checkpoint=str(tmp_path / "classes")))
@@ -344,8 +344,8 @@ def test_teacher_of_other_classes_or_shapes(tiny, teacher, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "metadata"])
-def test_damaged_teacher(tiny, teacher, tmp_path, damage):
-    variables, metadata = checkpoint.load_network(teacher)
+def test_damaged_teacher(tiny, small_teacher, tmp_path, damage):
+    variables, metadata = checkpoint.load_network(small_teacher)
     path = tmp_path / "teacher"
     checkpoint.save_network(path, variables, metadata)
     largest = max((p for p in (path / "variables").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
