@@ -67,7 +67,8 @@ def main():
         metavar="LOSS",
         help=", ".join(map(repr, CHOICES)),
     )
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=2, help="how many")
+    parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--num_train", type=int, default=10_000)
     flags = parser.parse_args()
@@ -80,7 +81,7 @@ def main():
     shared.update(data_seed=0, eval_epochs=flags.epochs / 4, checkpoint_seconds=120.0, log_every=26)
     members, folders = [], {}
     for name in flags.losses:
-        for seed in range(flags.seeds):
+        for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
             config = shared.copy_and_resolve_references()
             config.update(seed=seed, **CHOICES[name])
             folders[name, seed] = flags.workdir / f"{name.replace(', ', '_').replace(' ', '=')}-seed{seed}"
@@ -106,7 +107,7 @@ def main():
         **train.provenance(),
     }
     if set(SAME) <= set(flags.losses):
-        ours, theirs = (losses_of(folders[name, 0] / "metrics.jsonl") for name in SAME)
+        ours, theirs = (losses_of(folders[name, flags.first_seed] / "metrics.jsonl") for name in SAME)
         record["same_run"] = {step: abs(ours[step] / theirs[step] - 1) for step in sorted(ours)}
     flags.output.write_text(json.dumps(record, indent=1) + "\n")
     page, (start, end) = ROOT / "docs" / "findings.md", marks(flags.output)
