@@ -59,7 +59,7 @@ def main(argv):
             processes.initialize(DISTRIBUTED.value)
         name = os.path.splitext(name)[0] + ("-smoke" if CONFIG.value.get("smoke") else "")
         run(CONFIG.value, WORKDIR.value or os.path.join("runs", name))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if TRACEBACK.value:
             raise
         sys.exit(f"Error: {error}")

@@ -24,6 +24,6 @@ def one_sentence(flags: argparse.Namespace, **names: str) -> Iterator[None]:
     words = {name: f"--{name}" for name in vars(flags)} | names
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, MemoryError) as error:
         said = re.sub(r"config\.(\w+)", lambda field: words.get(field[1], field[0]), str(error))
         sys.exit(f"Error: {said}")

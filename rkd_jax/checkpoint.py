@@ -23,6 +23,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from rkd_jax import _devices
+
 REQUIRED = {"network", "num_classes", "mean", "std"}  # of a network's metadata, for the reader needs them
 
 
@@ -46,6 +48,7 @@ def save_network(path: str | os.PathLike, variables: Any, metadata: Mapping[str,
     """
     if missing := REQUIRED - set(metadata):
         raise ValueError(f"metadata of a network lacks {', '.join(sorted(missing))}")
+    _devices.start()
     path = Path(path).absolute()
     fresh, stale = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     for folder in (fresh, stale):
@@ -109,6 +112,7 @@ def load_network(
             + (f" ({metadata['dataset']})" if metadata.get("dataset") else "")
             + f", config.dataset has {num_classes}; name its data set, or a network of this one"
         )
+    _devices.start()
     try:
         variables = _restore_numpy(path / "variables")
     except Exception as error:  # Orbax and TensorStore raise many kinds for a file cut short

@@ -24,7 +24,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from rkd_jax import _flags, checkpoint, models, torch_file
+from rkd_jax import _devices, _flags, checkpoint, models, torch_file
 from rkd_jax.data import cifar100, tiny_imagenet
 
 # Mean and std of 0..1 by channel, as the teachers' training normalised.
@@ -325,6 +325,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prefix", help="what precedes the keys, in a file of several networks: module.teacher.")
     args = parser.parse_args(argv)
     with _flags.one_sentence(args):
+        _devices.start()
         print(_to_file(args) if Path(args.checkpoint).is_dir() else _to_folder(args))
 
 

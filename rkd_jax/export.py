@@ -34,7 +34,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from rkd_jax import _flags, checkpoint, convert, evaluate, models, torch_file, train
+from rkd_jax import _devices, _flags, checkpoint, convert, evaluate, models, torch_file, train
 from rkd_jax.models import _conv
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -312,9 +312,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", default="", help="compare on its test images, too")
     parser.add_argument("--data_dir", default="", help="TFDS's folder; default: as in training")
     args = parser.parse_args(argv)
-    cpu = jax.default_device(jax.devices("cpu")[0])
-    with _flags.one_sentence(args), cpu, _conv.xla_alone():  # what is exported runs elsewhere
-        run(args)
+    with _flags.one_sentence(args):
+        cpu = jax.default_device(_devices.start("cpu"))
+        with cpu, _conv.xla_alone():  # what is exported runs elsewhere
+            run(args)
 
 
 if __name__ == "__main__":

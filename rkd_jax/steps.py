@@ -17,7 +17,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rkd_jax import losses, methods, models
+from rkd_jax import _devices, losses, methods, models
 from rkd_jax.data import augment
 from rkd_jax.methods import Context, Distiller
 
@@ -368,6 +368,7 @@ def make_eval_step(
     return eval_step
 
 
+@_devices.memory("lower config.eval_batch_size")
 def evaluate(
     eval_step: Callable, variables: Any, images: np.ndarray, labels: np.ndarray, batch_size: int
 ) -> dict[str, float]:

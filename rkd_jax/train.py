@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rkd_jax import experiment, feed, methods, models, processes, steps
+from rkd_jax import _devices, experiment, feed, methods, models, processes, steps
 from rkd_jax.checkpoint import Checkpoints, save_network
 from rkd_jax.metrics import Clock, Silent, Writer
 from rkd_jax.models import _conv
@@ -46,6 +46,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
     Raises:
       ValueError, FileNotFoundError: the config asks for what is not there (before anything is written).
       Diverged, a FloatingPointError: the loss is not finite; the last good checkpoint stays.
+      MemoryError: the device's memory does not suffice; the last checkpoint stays.
+      OSError: JAX can start no device, or the disk is full.
       SystemExit: SIGTERM or SIGINT came; the state is saved.
     """
     return train_together([(config, workdir)])[0]
@@ -60,6 +62,7 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
     different steps go on in groups. Returns the summaries, and raises as `train_and_evaluate` does; `Diverged` once
     the others are finished.
     """
+    _devices.start()
     runs = [experiment.build(config) for config, _ in members]
     folders = [Path(workdir) for _, workdir in members]
     mesh = steps.data_mesh(runs[0].recipe.batch_size)
@@ -83,7 +86,8 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
         for student in students:
             stack.callback(student.close)
         for group in _groups(students):
-            _train(group, mesh)
+            with _devices.memory(_smaller(group)):
+                _train(group, mesh)
     for i, student in zip(open_ones, students, strict=True):
         summaries[i] = student.summary or None
     if failed := [student for student in students if student.bad_step is not None]:
@@ -267,6 +271,20 @@ class Diverged(FloatingPointError):
             f"the loss or the update of step {first.bad_step}{where} is not finite. Lower config.learning_rate, or the "
             f"weight of the method's loss{kept if _begun(first.workdir) else ''}"
         )
+
+
+def _smaller(students: Sequence[Student]) -> str:
+    """What to do where the device's memory does not suffice for a step of these students."""
+    config, first = students[0].run.config, students[0].workdir
+    ways = ["lower config.batch_size"]
+    if len(students) > 1:
+        ways.append("train fewer students together")
+    if config["dtype"] == "float32":
+        ways.append("take config.dtype=bfloat16")
+    if not feed.streams(config["stream"], students[0].run.splits.train):
+        ways.append("keep the training set off the device by config.stream=True")
+    kept = f"; {first} holds the run so far, and another batch size or dtype needs another --workdir"
+    return ", or ".join(ways) + (kept if _begun(first) else "")
 
 
 def _begun(workdir: Path) -> bool:

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from rkd_jax import _flags, _memory, checkpoint, data, evaluate, experiment
+from rkd_jax import _devices, _flags, _memory, checkpoint, data, evaluate, experiment
 from rkd_jax.data import _prepared
 from rkd_jax.report import cells, pack, paper, run
 
@@ -185,6 +185,7 @@ class Campaign:
             else:
                 self._note(item, **self._benchmark(item))
             return True
+        _devices.start()
         if self.left() < SCALES[self.scale].least:
             return False
         if teacher := self.lacking(item):

@@ -108,9 +108,9 @@ def groups(todo: Iterable[Run], together: int) -> list[list[Run]]:
 
 
 def execute(todo: Sequence[Run], results: Path, scale: str, together: int = 1) -> list[str]:
-    """Runs what is to be run and writes its cells' results; returns the errors of runs that diverged.
+    """Runs what is to be run and writes its cells' results; returns the errors of runs that failed.
 
-    Where one of a group diverges, its runs go on one by one.
+    Where one of a group diverges, or the device's memory does not suffice for it, its runs go on one by one.
     """
     for config in {run.config.dataset: run.config for run in todo}.values():
         experiment.load_splits(experiment.Fields(config.to_dict()))  # what is not there is said before the first run
@@ -120,7 +120,7 @@ def execute(todo: Sequence[Run], results: Path, scale: str, together: int = 1) -
         print(f"\n[{place}/{len(queue)}] {names}", flush=True)
         try:
             summaries = summarize(group)
-        except FloatingPointError as error:
+        except (FloatingPointError, MemoryError) as error:
             print(f"Error: {error}")
             if len(group) > 1:
                 queue += [[run] for run in group]
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors = execute(todo, flags.results, flags.scale, flags.together)
         print(f"\nThe results are in {flags.results / flags.scale}; python -m rkd_jax.report.tables prints the tables")
     if errors:
-        sys.exit("\n".join(["Error: these runs diverged; the others are done:", *errors]))
+        sys.exit("\n".join(["Error: these runs failed; the others are done:", *errors]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,96 @@
+"""What the user reads where the device is not there, or too small."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import ROOT
+
+from rkd_jax import _devices, evaluate, steps, train
+from rkd_jax.methods import cross_entropy
+
+HUGE = 1 << 46  # bytes that no machine has
+SAID = f"the device's memory does not suffice (Out of memory allocating {HUGE} bytes); "
+
+
+def start(*command, **environment):
+    """Runs a command of python's, with these variables too."""
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+class Greedy(cross_entropy.Method):
+    """cross_entropy, and far more memory than there is."""
+
+    def loss(self, params, state, student, teacher, batch, context):
+        terms, state, metrics = super().loss(params, state, student, teacher, batch, context)
+        waste = jnp.cumsum(jnp.full((HUGE // 4,), student.logits.mean()))[-1]
+        return terms | {"waste": jax.lax.stop_gradient(waste)}, state, metrics
+
+
+def test_too_large_for_the_device():
+    with pytest.raises(MemoryError) as error, _devices.memory("buy more"):
+        jnp.zeros(HUGE, jnp.uint8)
+    assert str(error.value) == f"{SAID}buy more"
+
+
+def test_other_errors_of_the_device_pass():
+    said = "INTERNAL: the device is on fire"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=said), _devices.memory("buy more"):
+        raise jax.errors.JaxRuntimeError(said)
+
+
+def test_step_too_large_for_the_device(tiny, tmp_path):
+    config = tiny(method="test_devices:Greedy", sweep="seed=0,1", data_seed=0)
+    with pytest.raises(MemoryError) as error:
+        train.train_together([(config, tmp_path / "a"), (config, tmp_path / "b")])
+    assert "does not suffice" in str(error.value)
+    assert str(error.value).endswith(
+        "lower config.batch_size, or train fewer students together, or take config.dtype=bfloat16, or keep the "
+        "training set off the device by config.stream=True"
+    )
+    # Nothing was saved, so that the folder takes a smaller run.
+    config = tiny(num_steps=1, batch_size=4, dtype="bfloat16", stream=True)
+    train.train_and_evaluate(config, tmp_path / "a")
+    config.num_steps, config.method = 1, "test_devices:Greedy"
+    with pytest.raises(MemoryError, match=r"\); lower config.batch_size$"):
+        train.train_and_evaluate(config, tmp_path / "c")
+
+
+def test_command_says_what_is_too_large(tmp_path):
+    fields = {"method": "test_devices:Greedy", "student": "small_network:create", "compare": False}
+    ran = start("main.py", *(f"--config.{name}={value}" for name, value in fields.items()), f"--workdir={tmp_path}")
+    assert ran.returncode == 1
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("Error: the device's memory does not suffice (Out of memory allocating")
+
+
+def test_test_batch_too_large_for_the_device(tiny, small_teacher, monkeypatch):
+    monkeypatch.setattr(steps, "make_eval_step", lambda *args: lambda *args: jnp.zeros(HUGE, jnp.uint8))
+    with pytest.raises(MemoryError) as error:
+        evaluate.evaluate(tiny(), small_teacher)
+    assert str(error.value) == f"{SAID}lower config.eval_batch_size"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["main.py", "--config.compare=False", "--config.teacher_checkpoint=TEACHER", "--workdir=OUT"],
+        ["main.py", "--mode=eval", "--workdir=TEACHER"],
+        ["-m", "rkd_jax.convert", "--checkpoint", "TEACHER", "--output", "OUT"],
+        ["-m", "rkd_jax.export", "TEACHER", "--output", "OUT"],
+    ],
+    ids=lambda command: " ".join(command[:3]),
+)
+def test_no_device(command, teacher, tmp_path):
+    words = [word.replace("TEACHER", str(teacher)).replace("OUT", str(tmp_path / "out")) for word in command]
+    ran = start(*words, JAX_PLATFORMS="abacus")
+    assert ran.returncode == 1
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith("Error: JAX can start no device: Unable to initialize backend 'abacus'")
+    assert "unset JAX_PLATFORMS" in line
+    assert not (tmp_path / "out").exists()
