@@ -4,36 +4,75 @@ Every process runs the same program on its share of each batch. What only one ma
 in each (the files, the clock, a signal), process 0 does, and tells the others.
 """
 
+import contextlib
 import json
-from collections.abc import Callable
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+WAIT = 300.0  # seconds for the other processes to come
+
 
 def initialize(where: str) -> None:
-    """Joins the other processes; before anything else of JAX.
+    """Joins the other processes; before anything else of JAX. Where they do not come within WAIT, the process ends.
 
     `where` is "auto", where the cluster says all there is to know (TPU pods, SLURM, Open MPI, Kubernetes), or
     "HOST:PORT,INDEX,COUNT": the address of process 0, this process's number, and how many there are.
     """
     if where == "auto":
         try:
-            jax.distributed.initialize()
+            with _waiting("--distributed=auto: this process"):
+                jax.distributed.initialize(initialization_timeout=2 * int(WAIT))
         except ValueError as error:
             raise ValueError(
                 f"--distributed=auto: no cluster was found ({error}); give --distributed=HOST:PORT,INDEX,COUNT"
             ) from error
         return
     address, *numbers = where.split(",")
-    if ":" not in address or len(numbers) != 2 or not all(number.strip().isdigit() for number in numbers):
+    port = address.rpartition(":")[2]
+    if ":" not in address or len(numbers) != 2 or not all(number.strip().isdecimal() for number in (port, *numbers)):
         raise ValueError(f"--distributed={where!r} is neither 'auto' nor HOST:PORT,INDEX,COUNT")
     index, count = map(int, numbers)
     if index >= count:
         raise ValueError(f"--distributed={where!r}: INDEX counts from 0 and is below COUNT")
-    jax.distributed.initialize(address, num_processes=count, process_id=index)
+    if index == 0:
+        try:
+            socket.create_server(("", int(port))).close()
+        except (OSError, OverflowError) as error:
+            raise OSError(
+                f"--distributed={where}: nothing can listen at PORT {port} ({error}); take a free one"
+            ) from error
+    with _waiting(f"--distributed={where}: process {index} of {count} (from 0) at {address}"):
+        jax.distributed.initialize(address, num_processes=count, process_id=index, initialization_timeout=2 * int(WAIT))
+
+
+@contextlib.contextmanager
+def _waiting(who: str) -> Iterator[None]:
+    """Says that it waits, and ends the process in one sentence after WAIT; JAX would abort it with a C++ trace."""
+
+    def give_up() -> None:
+        print(
+            f"Error: {who} did not find all the others within {WAIT:.0f} s; start every process, each with an INDEX "
+            "of its own, the same COUNT, and a HOST:PORT that all of them reach",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(1)
+
+    print(f"{who} waits for the others", file=sys.stderr, flush=True)
+    timer = threading.Timer(WAIT, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def leads() -> bool:

@@ -125,3 +125,32 @@ def test_error_of_the_first_process_is_everyones(slow, tmp_path):
 def test_wrong_address_is_named(where):
     with pytest.raises(ValueError, match="--distributed="):
         processes.initialize(where)
+
+
+def test_port_that_is_taken():
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        where = f"localhost:{taken.getsockname()[1]},0,2"
+        ran = subprocess.run(
+            [sys.executable, "main.py", f"--distributed={where}"], cwd=ROOT, capture_output=True, text=True
+        )
+    assert ran.returncode == 1
+    last = ran.stderr.splitlines()[-1]
+    assert last.startswith(f"Error: --distributed={where}: nothing can listen at PORT")
+    assert last.endswith("; take a free one")
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_process_whose_others_do_not_come(index):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"localhost:{free.getsockname()[1]},{index},2"
+    script = f"from rkd_jax import processes; processes.WAIT = 1.0; processes.initialize({where!r})"
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1
+    said = [line for line in ran.stderr.splitlines() if "localhost" in line]
+    assert said[0].endswith("waits for the others")
+    assert said[1].startswith(f"Error: --distributed={where}: process {index} of 2 (from 0) at localhost:")
+    assert "did not find all the others within 1 s" in said[1]
+    assert "Traceback" not in ran.stderr
