@@ -112,7 +112,7 @@ def tally(program):
 
 def part_of(instruction):
     """Of the step, by the name that JAX gave the operation."""
-    name = re.search(r'op_name="(?:jit\(train_steps\)/while/body/closed_call/)?([^"]*)"', instruction)
+    name = re.search(r'op_name="(?:jit\(train_steps\)/while/body/\w+/)?([^"]*)"', instruction)
     name = name.group(1) if name else ""
     scope = re.sub(r"(transpose|jvp|vmap)\(|\)", "", name.split("/")[0])  # a network, a function's jit(), or nothing
     if "jvp(" in name:
