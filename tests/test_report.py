@@ -185,9 +185,12 @@ def test_interrupted_command_goes_on(flags, trainer, tmp_path, capsys):
     assert trainer.names[4:] == ["teacher-seed0", "kd-seed0"]
 
 
-def test_diverged_run_does_not_stop_the_others(flags, trainer, tmp_path):
-    trainer.errors["kd-seed0"] = FloatingPointError("the loss of step 3 is not finite")
-    with pytest.raises(SystemExit, match=r"(?s)these runs failed.*kd-seed0: the loss of step 3"):
+@pytest.mark.parametrize(
+    "error", [FloatingPointError("the loss of step 3 is not finite"), MemoryError("the device's memory is too small")]
+)
+def test_failed_run_does_not_stop_the_others(error, flags, trainer, tmp_path):
+    trainer.errors["kd-seed0"] = error
+    with pytest.raises(SystemExit, match=rf"(?s)these runs failed.*kd-seed0: {error}"):
         run.main([*flags, "--table", "4", "--together", "3"])
     assert trainer.names[-3:] == ["cross_entropy-seed0", "kd-seed0", "ranking_alignment-kind=l1-seed0"]  # one by one
     assert len(list(tmp_path.glob("r/smoke/*/*.json"))) == 6
