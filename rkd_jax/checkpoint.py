@@ -48,7 +48,6 @@ def save_network(path: str | os.PathLike, variables: Any, metadata: Mapping[str,
     """
     if missing := REQUIRED - set(metadata):
         raise ValueError(f"metadata of a network lacks {', '.join(sorted(missing))}")
-    _devices.start()
     path = Path(path).absolute()
     fresh, stale = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     for folder in (fresh, stale):
