@@ -8,14 +8,19 @@ import jax
 
 
 def start(platform: str | None = None) -> jax.Device:
-    """Starts JAX's devices, and returns the first; OSError where it cannot, so that nothing else is blamed for it."""
+    """Starts JAX's devices, and returns the platform's first, or any; OSError where it cannot.
+
+    Called before what would blame something else. The one that is computed on by default has to compute, too.
+    """
     try:
         device = jax.local_devices(backend=platform)[0]
-        jax.block_until_ready(jax.device_put(0.0, device) + 1)  # a GPU's libraries start with the first program
+        # A GPU's libraries start with the first program.
+        jax.block_until_ready(jax.device_put(0.0, platform and device) + 1)
         return device
     except (RuntimeError, AssertionError) as error:  # the second where a named platform's package is not installed
         platforms = os.environ.get("JAX_PLATFORMS", "")
-        said = _first_line(error).partition(" (set JAX_PLATFORMS=")[0] or f"it has none of JAX_PLATFORMS={platforms}"
+        said = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS=")[0]
+        said = said or f"it has none of JAX_PLATFORMS={platforms}"
         mend = "unset JAX_PLATFORMS to take what is there, or " if platforms else ""
         raise OSError(
             f"JAX can start no device: {said.rstrip('.')}; {mend}see that "
@@ -31,9 +36,5 @@ def memory(mend: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if not any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY")):
             raise
-        said = _first_line(error).partition(": ")[2]
+        said = str(error).partition("\n")[0].partition(": ")[2]
         raise MemoryError(f"the device's memory does not suffice ({said.rstrip('.')}); {mend}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0].strip()

@@ -56,9 +56,18 @@ def test_step_too_large_for_the_device(tiny, tmp_path):
     # Nothing was saved, so that the folder takes a smaller run.
     config = tiny(num_steps=1, batch_size=4, dtype="bfloat16", stream=True)
     train.train_and_evaluate(config, tmp_path / "a")
-    config.num_steps, config.method = 1, "test_devices:Greedy"
+    config.method = "test_devices:Greedy"
     with pytest.raises(MemoryError, match=r"\); lower config.batch_size$"):
         train.train_and_evaluate(config, tmp_path / "c")
+
+
+def test_run_that_no_longer_fits_is_kept(tiny, tmp_path, monkeypatch):
+    train.train_and_evaluate(tiny(num_steps=1), tmp_path)
+    (tmp_path / "summary.json").unlink()  # as if it had been interrupted
+    monkeypatch.setattr(steps, "make_train_step", lambda *args: jnp.zeros(HUGE, jnp.uint8))
+    with pytest.raises(MemoryError, match=rf"; {tmp_path} holds the run so far, and another batch size or dtype needs"):
+        train.train_and_evaluate(tiny(num_steps=1), tmp_path)
+    assert (tmp_path / "checkpoints" / "1").is_dir()
 
 
 def test_command_says_what_is_too_large(tmp_path):
