@@ -337,6 +337,85 @@ def test_folding_leaves_a_residual_that_reads_the_convolution_alone():
     np.testing.assert_array_equal(folded["params"]["conv1"]["kernel"], variables["params"]["conv1"]["kernel"])
 
 
+@pytest.mark.parametrize("name", TRAINING)
+def test_resumed_network_is_the_rest_of_it(name):
+    """From its own maps, what it makes itself; from others, other maps behind them."""
+    model, images = models.create(name, 10, jnp.float64), images_for(name, 2, side=16)
+    with jax.enable_x64(True):
+        variables = jax.tree.map(np.float64, experiment.untrained(model, images.shape[1:]))
+
+        @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+        def both(variables, images):
+            outputs = model.apply(variables, images)
+            maps = {**dict(enumerate(outputs.cuts.maps)), models.LAST: outputs.last_map}
+            images = jnp.concatenate([0 * images] * 2)
+            return outputs, {
+                stage: models.resume(model, variables, images, stage, jnp.concatenate([x, jnp.sin(x)]))
+                for stage, x in maps.items()
+            }
+
+        expected, found = jax.device_get(both(variables, images.astype(np.float64)))
+    count = len(expected.cuts.maps)
+    assert {*found} == {models.LAST, *range(count)}
+    for stage, resumed in found.items():
+        pairs = [(getattr(resumed, part), getattr(expected, part)) for part in ("logits", "last_map", "class_maps")]
+        if stage != models.LAST:
+            pairs += list(zip(resumed.cuts.maps[stage:], expected.cuts.maps[stage:], strict=True))
+        for (own, other), want in ((np.split(x, 2), want) for x, want in pairs):
+            np.testing.assert_allclose(own, want, rtol=0, atol=1e-9 * np.abs(want).max())
+            assert np.abs(other - want).max() > 1e-3 * np.abs(want).max()
+    last = expected.cuts.maps[-1]
+    assert expected.cuts.activated == (last.min() >= 0)
+    np.testing.assert_array_equal(expected.last_map, np.clip(last, 0, 6 if name.endswith("64x64") else None))
+
+
+def test_resumed_network_normalises_by_the_batch_in_training():
+    model, images = models.create("resnet8", 10), images_for("resnet8", 4)
+    variables = experiment.untrained(model, images.shape[1:])
+    outputs, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    resumed, still = (models.resume(model, variables, images, 1, outputs.cuts.maps[1], train=t) for t in (True, False))
+    np.testing.assert_allclose(resumed.logits, outputs.logits, rtol=0, atol=1e-4 * np.abs(outputs.logits).max())
+    assert np.abs(still.logits - outputs.logits).max() > 0.1 * np.abs(outputs.logits).max()
+
+
+def test_resumed_network_keeps_its_dtype_and_its_gradient():
+    model, images = models.create("resnet8", 10, jnp.bfloat16), images_for("resnet8", 2)
+    variables = experiment.untrained(model, images.shape[1:])
+
+    def loss(params, x):
+        outputs = models.resume(model, variables | {"params": params}, images, 2, x, train=True)
+        assert outputs.logits.dtype == x.dtype == jnp.float32
+        return (outputs.logits**2).sum()
+
+    x = np.random.default_rng(0).normal(size=(2, 16, 16, 32)).astype(np.float32)
+    params, of_x = jax.jit(jax.grad(loss, (0, 1)), compiler_options=FAST_COMPILE)(variables["params"], x)
+    assert np.abs(of_x).max() > 0
+    reached = {
+        name for name, leaves in params.items() if any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(leaves))
+    }
+    assert reached == {"layer3_0", "fc"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_classifier_makes_the_logits_of_the_average(name):
+    model, images = models.create(name, 10), images_for(name, 1)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    path = models.classifier(model, variables, images)
+    layer = functools.reduce(lambda tree, key: tree[key], path, variables["params"])
+    assert (layer["kernel"].shape[-1], *layer["bias"].shape) == (10, 10)
+    assert layer["kernel"].shape[-2] == PUBLISHED[name][2]
+
+
+def test_networks_without_a_cut_say_so(own):
+    images = jnp.ones((2, 8, 8, 1))
+    model = models.create("own_networks:outputs", 7)
+    variables = model.init(jax.random.key(0), images)
+    with pytest.raises(ValueError, match=r"Adapter has no rkd_jax\.models\.Cut\(1\); put one there"):
+        models.resume(model, variables, images, 1, images)
+    with pytest.raises(ValueError, match=r"does not end with rkd_jax\.models\.Cut\(LAST\), the average over positions"):
+        models.classifier(model, variables, images)
+
+
 def test_names_are_case_insensitive_and_sized():
     assert models.resolve("SHUFFLEV2") == models.resolve("shufflev2", image_size=64) == "ShuffleV2"
     assert models.resolve("mobilenetv2", image_size=64) == "MobileNetV2_64x64"
@@ -409,10 +488,10 @@ def test_own_network(own, factory, features):
 
 def test_outputs_need_but_logits():
     logits = jnp.ones((2, 7), jnp.bfloat16)
-    assert models.Outputs(logits) == (logits, (), None, (), None, None)
+    assert models.Outputs(logits) == (logits, (), None, (), None, None, None)
     found = models.Outputs.of(logits)
     assert found.logits.dtype == jnp.float32
-    assert found[1:] == ((), None, (), None, None)
+    assert found[1:] == ((), None, (), None, None, None)
 
 
 def test_own_network_without_embedding_is_listed(own):

@@ -9,12 +9,13 @@ A name with a form of its own for a size of image has it as NAME_64x64; `image_s
 is "my_module:factory", where factory(num_classes=...) returns a Flax module (see `create`).
 """
 
+import dataclasses
 import difflib
 import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,9 +23,22 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax.models._fold import fold
-from rkd_jax.models.layers import full_precision, in_turn
+from rkd_jax.models._resume import classifier, resume
+from rkd_jax.models.layers import LAST, Cut, full_precision, in_turn
 
-__all__ = ["Adapter", "Outputs", "create", "fold", "in_turn", "names", "resolve"]
+__all__ = [
+    "LAST", "Adapter", "Cut", "Cuts", "Outputs", "classifier", "create", "fold", "in_turn", "names", "resolve",
+    "resume",
+]  # fmt: skip
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cuts:
+    """The maps that a network's stages hand on, each marked by a `Cut`: from here `resume` can go on with another."""
+
+    maps: Sequence[jax.Array]  # [B, H, W, K] each, of stage 0, the stem, and on; the last one is read for its average
+    activated: bool = dataclasses.field(metadata={"static": True})  # after the activation; else that follows, if any
 
 
 class Outputs(NamedTuple):
@@ -41,6 +55,7 @@ class Outputs(NamedTuple):
     preactivations: tuple[jax.Array, ...] = ()  # per stage, NHWC, before the activation
     class_maps: jax.Array | None = None  # [B, H, W, C], the classifier at each position; their average is the logits
     last_map: jax.Array | None = None  # [B, H, W, D], whose average is the embedding; not every network's last feature
+    cuts: Cuts | None = None  # where `resume` can go on from
 
     @classmethod
     def of(
@@ -51,9 +66,10 @@ class Outputs(NamedTuple):
         preactivations: Iterable[jax.Array] = (),
         class_maps: jax.Array | None = None,
         last_map: jax.Array | None = None,
+        cuts: Cuts | None = None,
     ) -> "Outputs":
         """The outputs as float32, whatever the compute dtype."""
-        outputs = cls(logits, tuple(features), embedding, tuple(preactivations), class_maps, last_map)
+        outputs = cls(logits, tuple(features), embedding, tuple(preactivations), class_maps, last_map, cuts)
         return jax.tree.map(full_precision, outputs)
 
 

@@ -16,6 +16,7 @@ from rkd_jax.models._conv import conv_general_dilated
 
 EPSILON = 1e-5  # of batch normalisation
 KEPT = 0.9  # of its running averages, at each update
+LAST = -1  # the `Cut` before the global average
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015; N(0, 2 / (k * k * out))
 torch_default = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's: U(-1/sqrt(in), 1/sqrt(in))
 
@@ -104,6 +105,16 @@ def _normalize_backward(kept: Any, cotangents: Any) -> tuple[jax.Array, jax.Arra
 _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
+class Cut(nn.Module):
+    """Where a network hands a map on, as it is, and where `rkd_jax.models.resume` puts another in its place."""
+
+    stage: int  # of the map, 0 for the stem's; LAST for the one that the global average reads
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns x."""
+        return x
+
+
 def in_turn(before: Any, after: Any) -> Any:
     """Running averages after several batches in turn, from those after each alone, [V, ...], and those before."""
 
@@ -143,7 +154,8 @@ def conv_bn(x: jax.Array, train: bool, features: int, names: tuple[str, str], **
 
 
 def head(x: jax.Array, num_classes: int, name: str, std: float | None = None) -> tuple[jax.Array, ...]:
-    """The end of a network, in float32: [B, H, W, D] -> logits [B, C], embedding [B, D], class maps [B, H, W, C].
+    """The end of a network: [B, H, W, D] -> logits [B, C], embedding [B, D], class maps [B, H, W, C], all float32, and
+    the map itself.
 
     The embedding is the global average, the logits are the classifier's. The class maps are the classifier at each
     position, so that their average is the logits (Zhou et al. 2016, arXiv:1512.04150). Weights N(0, std) and bias 0, or
@@ -152,10 +164,10 @@ def head(x: jax.Array, num_classes: int, name: str, std: float | None = None) ->
     kernel_init = torch_default if std is None else nn.initializers.normal(std)
     bias_init = torch_default_bias(x.shape[-1]) if std is None else nn.initializers.zeros
     classifier = nn.Dense(num_classes, kernel_init=kernel_init, bias_init=bias_init, name=name)
-    x = full_precision(x)
+    x = full_precision(Cut(LAST)(x))
     embedding = x.mean((1, 2))
     logits, weights = classifier(embedding), classifier.variables["params"]
-    return logits, embedding, x @ weights["kernel"] + weights["bias"]
+    return logits, embedding, x @ weights["kernel"] + weights["bias"], x
 
 
 def shuffle(x: jax.Array, groups: int) -> jax.Array:

@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.models import Outputs, layers
-from rkd_jax.models.layers import conv_bn, head
+from rkd_jax.models import Cuts, Outputs, layers
+from rkd_jax.models.layers import Cut, conv_bn, head
 
 
 class InvertedResidual(nn.Module):
@@ -51,7 +51,7 @@ class MobileNetV2(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
         """Images [B, H, W, K], normalised; train: use and update the batch statistics."""
-        stem = conv_bn(images.astype(self.dtype), train, 16, ("conv1_0", "conv1_1"), stride=2)
+        stem = Cut(0)(conv_bn(images.astype(self.dtype), train, 16, ("conv1_0", "conv1_1"), stride=2))
         x = nn.relu(stem)
         features, preactivations = [x], [stem]
         stages = (
@@ -70,11 +70,14 @@ class MobileNetV2(nn.Module):
                 )
                 x = block(x, train)
             if stage in (1, 2, 4, 6):
+                if stage < 6:
+                    x = Cut(len(features))(x)
                 features.append(x)
                 preactivations.append(x)
-        x = nn.relu(conv_bn(x, train, 1280, ("conv2_0", "conv2_1"), kernel=1))
-        logits, embedding, class_maps = head(x, self.num_classes, "classifier_0", std=0.01)
-        return Outputs.of(logits, features, embedding, preactivations, class_maps, x)
+        last = Cut(4)(conv_bn(x, train, 1280, ("conv2_0", "conv2_1"), kernel=1))
+        cuts = Cuts([*preactivations[:-1], last], activated=False)
+        logits, embedding, class_maps, x = head(nn.relu(last), self.num_classes, "classifier_0", std=0.01)
+        return Outputs.of(logits, features, embedding, preactivations, class_maps, x, cuts)
 
 
 def _biased_conv_bn(x: jax.Array, train: bool, features: int, names: tuple[str, str], **options) -> jax.Array:
@@ -93,7 +96,7 @@ class MobileNetV2At64(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
         """Images [B, H, W, K], normalised; train: use and update the batch statistics."""
-        stem = _biased_conv_bn(images.astype(self.dtype), train, 32, ("pre_0", "pre_1"), kernel=1, padding=1)
+        stem = Cut(0)(_biased_conv_bn(images.astype(self.dtype), train, 32, ("pre_0", "pre_1"), kernel=1, padding=1))
         x = nn.relu6(stem)
         features, preactivations = [x], [stem]
         stages = (
@@ -113,10 +116,11 @@ class MobileNetV2At64(nn.Module):
                 )
                 x = block(x, train)
             if stage in (2, 3, 4):
+                x = Cut(stage - 1)(x)
                 features.append(x)
                 preactivations.append(x)
-        last = _biased_conv_bn(x, train, 1280, ("conv1_0", "conv1_1"), kernel=1)
-        x = layers.full_precision(nn.relu6(last))
+        last = Cut(4)(_biased_conv_bn(x, train, 1280, ("conv1_0", "conv1_1"), kernel=1))
+        x = layers.full_precision(Cut(layers.LAST)(nn.relu6(last)))
         embedding = x.mean((1, 2))
         bias_init = layers.torch_default_bias(1280)
         logits = layers.conv(
@@ -129,7 +133,9 @@ class MobileNetV2At64(nn.Module):
         )
         classifier = self.variables["params"]["conv2"]
         class_maps = x @ classifier["kernel"][0, 0] + classifier["bias"]
-        return Outputs.of(logits[:, 0, 0], [*features, x], embedding, [*preactivations, last], class_maps, x)
+        preactivations.append(last)
+        cuts = Cuts(preactivations, activated=False)
+        return Outputs.of(logits[:, 0, 0], [*features, x], embedding, preactivations, class_maps, x, cuts)
 
 
 NETWORKS = {"MobileNetV2": MobileNetV2, "MobileNetV2_64x64": MobileNetV2At64}

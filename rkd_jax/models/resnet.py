@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.models import Outputs
-from rkd_jax.models.layers import conv_bn, head
+from rkd_jax.models import Cuts, Outputs
+from rkd_jax.models.layers import Cut, conv_bn, head
 
 
 class BasicBlock(nn.Module):
@@ -68,16 +68,17 @@ class ResNet(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
         """Images [B, H, W, K], normalised; train: use and update the batch statistics."""
         stem = conv_bn(images.astype(self.dtype), train, self.widths[0], ("conv1", "bn1"))
-        features, preactivations = [nn.relu(stem)], [stem]
+        features, preactivations = [Cut(0)(nn.relu(stem))], [stem]
         for stage, (blocks, width) in enumerate(zip(self.blocks, self.widths[1:], strict=True), start=1):
             x = features[-1]
             for i in range(blocks):
                 stride = 2 if stage > 1 and i == 0 else 1
                 x, preactivation = self.block(width, stride, self.shortcut, name=f"layer{stage}_{i}")(x, train)
-            features.append(x)
+            features.append(Cut(stage)(x))
             preactivations.append(preactivation)
-        logits, embedding, class_maps = head(x, self.num_classes, self.head)
-        return Outputs.of(logits, features, embedding, preactivations, class_maps, x)
+        logits, embedding, class_maps, x = head(features[-1], self.num_classes, self.head)
+        cuts = Cuts(features, activated=True)
+        return Outputs.of(logits, features, embedding, preactivations, class_maps, x, cuts)
 
 
 def _cifar(depth: int, widths: tuple[int, ...]):

@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.models import Outputs, layers
-from rkd_jax.models.layers import head, shuffle
+from rkd_jax.models import Cuts, Outputs, layers
+from rkd_jax.models.layers import Cut, head, shuffle
 
 conv_bn = functools.partial(layers.conv_bn, init=layers.torch_default)
 
@@ -60,16 +60,19 @@ class ShuffleNetV2(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
         """Images [B, H, W, K], normalised; train: use and update the batch statistics."""
         stem = conv_bn(images.astype(self.dtype), train, 24, ("conv1", "bn1"), kernel=1)
-        features, preactivations = [nn.relu(stem)], [stem]
+        features, preactivations = [Cut(0)(nn.relu(stem))], [stem]
         for stage, (blocks, width) in enumerate(zip(self.blocks, self.widths, strict=True), start=1):
             x = DownBlock(width, name=f"layer{stage}_0")(features[-1], train)
             for i in range(blocks):
                 x, preactivation = BasicBlock(name=f"layer{stage}_{i + 1}")(x, train)
+            if stage < 3:
+                x = Cut(stage)(x)
             features.append(x)
             preactivations.append(preactivation)
-        x = nn.relu(conv_bn(x, train, 1024, ("conv2", "bn2"), kernel=1))
-        logits, embedding, class_maps = head(x, self.num_classes, "linear")
-        return Outputs.of(logits, features, embedding, preactivations, class_maps, x)
+        x = Cut(3)(nn.relu(conv_bn(x, train, 1024, ("conv2", "bn2"), kernel=1)))
+        cuts = Cuts([*features[:-1], x], activated=True)
+        logits, embedding, class_maps, x = head(x, self.num_classes, "linear")
+        return Outputs.of(logits, features, embedding, preactivations, class_maps, x, cuts)
 
 
 NETWORKS = {"ShuffleV2": ShuffleNetV2}

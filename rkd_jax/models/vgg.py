@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.models import Outputs
-from rkd_jax.models.layers import conv_bn, head
+from rkd_jax.models import Cuts, Outputs
+from rkd_jax.models.layers import Cut, conv_bn, head
 
 
 class VGG(nn.Module):
@@ -34,11 +34,14 @@ class VGG(nn.Module):
             for i in range(count):
                 names = (f"block{block}_{3 * i}", f"block{block}_{3 * i + 1}")  # a ReLU takes the third number
                 preactivation = conv_bn(x, train, channels, names, bias_init=nn.initializers.zeros)
+                if i == count - 1:
+                    preactivation = Cut(block)(preactivation)
                 x = nn.relu(preactivation)
             features.append(x)
             preactivations.append(preactivation)
-        logits, embedding, class_maps = head(x, self.num_classes, "classifier", std=0.01)
-        return Outputs.of(logits, features, embedding, preactivations, class_maps, x)
+        logits, embedding, class_maps, x = head(x, self.num_classes, "classifier", std=0.01)
+        cuts = Cuts(preactivations, activated=False)
+        return Outputs.of(logits, features, embedding, preactivations, class_maps, x, cuts)
 
 
 NETWORKS = {

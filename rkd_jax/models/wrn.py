@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rkd_jax.models import Outputs
-from rkd_jax.models.layers import BatchNorm, conv, conv_bn, head
+from rkd_jax.models import Cuts, Outputs
+from rkd_jax.models.layers import BatchNorm, Cut, conv, conv_bn, head
 
 
 class Block(nn.Module):
@@ -43,7 +43,7 @@ class WideResNet(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> Outputs:
         """Images [B, H, W, K], normalised; train: use and update the batch statistics."""
-        x = conv(images.astype(self.dtype), 16, "conv1")
+        x = Cut(0)(conv(images.astype(self.dtype), 16, "conv1"))
         features, preactivations = [x], []
         for stage, channels in enumerate((16, 32, 64), start=1):
             for i in range(self.blocks):
@@ -51,11 +51,13 @@ class WideResNet(nn.Module):
                 x, before = Block(channels * self.width, stride, name=f"block{stage}_layer_{i}")(x, train)
                 if i == 0:
                     preactivations.append(before)
+            if stage < 3:
+                x = Cut(stage)(x)
             features.append(x)
-        preactivations.append(BatchNorm(name="bn1")(x, train))
-        x = nn.relu(preactivations[-1])
-        logits, embedding, class_maps = head(x, self.num_classes, "fc")
-        return Outputs.of(logits, features, embedding, preactivations, class_maps, x)
+        preactivations.append(Cut(3)(BatchNorm(name="bn1")(x, train)))
+        logits, embedding, class_maps, x = head(nn.relu(preactivations[-1]), self.num_classes, "fc")
+        cuts = Cuts([*features[:-1], preactivations[-1]], activated=False)
+        return Outputs.of(logits, features, embedding, preactivations, class_maps, x, cuts)
 
 
 NETWORKS = {
