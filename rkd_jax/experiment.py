@@ -241,7 +241,12 @@ def _teacher(
         canonical = models.resolve(name, splits.train.images.shape[1], "config.teacher")
         variables, metadata = checkpoint.load_network(path, canonical, splits.num_classes)
         check_variables(teacher, variables, splits.train.images.shape[1:], "config.teacher_checkpoint")
-    if jax.default_backend() != "cpu" if fold is None else fold:
+    if fold and method.resumes_teacher:
+        raise ValueError(
+            f"config.method={fields.method!r} trains through the teacher's batch normalisation, which "
+            "config.fold_teacher=True takes away; leave it unset"
+        )
+    if not method.resumes_teacher and (jax.default_backend() != "cpu" if fold is None else fold):
         images = jax.ShapeDtypeStruct((1, *splits.train.images.shape[1:]), jnp.float32)
         variables = models.fold(teacher, variables, images)
     return teacher, variables, metadata

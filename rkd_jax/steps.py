@@ -136,6 +136,8 @@ def create_state(
         teacher_shapes = jax.eval_shape(lambda v: teacher.apply(v, images, train=False), teacher_variables)
     method_params, method_state = method.init(method_rng, student_shapes, teacher_shapes, num_examples)
     params = {"student": variables["params"], "method": method_params}
+    # What cannot be deployed is an error here, and not after the first epoch.
+    jax.eval_shape(functools.partial(method.deploy, student, images), variables, method_params, method_state)
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -190,6 +192,7 @@ def make_train_step(
         ]
         views = jax.lax.optimization_barrier(views)  # else XLA may fuse the augmentation into each that reads it
         teachers: list[Any] = [None] * num_views
+        resume_teacher = functools.partial(models.resume, teacher, inputs.teacher, jnp.zeros(views[0].shape))
         if any(learner.method.needs_teacher for learner in learners):
             normalized = augment.normalize(jnp.concatenate(views), *recipe.teacher_normalization)
             outputs = jax.lax.stop_gradient(teacher.apply(inputs.teacher, normalized, train=False))
@@ -197,7 +200,7 @@ def make_train_step(
         views = [augment.normalize(view, *recipe.student_normalization) for view in views]
         batch = {"label": labels, "index": index}
         pairs = [
-            _update(learner, recipe, state, _step_rng(key, state.step), batch, views, teachers)
+            _update(learner, recipe, state, _step_rng(key, state.step), batch, views, teachers, resume_teacher)
             for learner, state, key in zip(learners, states, inputs.rngs, strict=True)
         ]
         return tuple(state for state, _ in pairs), tuple(metrics for _, metrics in pairs)
@@ -257,6 +260,7 @@ def _update(
     batch: dict[str, jax.Array],
     views: Sequence[jax.Array],
     teachers: Sequence[models.Outputs | None],
+    resume_teacher: Callable[..., models.Outputs],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of one student, from its normalised views and the teacher's outputs on them."""
     method, num_views = learner.method, len(views)
@@ -267,6 +271,7 @@ def _update(
         step=state.step,
         epoch=state.step / recipe.steps_per_epoch,
         progress=state.step / recipe.num_steps,
+        resume_teacher=functools.partial(resume_teacher, train=True),
     )
 
     def forward(params, batch_stats, view, rng):
@@ -290,7 +295,13 @@ def _update(
         return outputs, batch_stats
 
     def terms_of(params, method_state, student, target, i):
-        where = context._replace(rng=jax.random.fold_in(rng, num_views + i))
+        variables = {"params": params["student"], "batch_stats": state.batch_stats}
+        resume = functools.partial(models.resume, learner.network, variables, jnp.zeros_like(views[0]))
+        dropout = {"dropout": jax.random.fold_in(rng, i)}  # of this view: what is on in the student is on here
+        where = context._replace(
+            rng=jax.random.fold_in(rng, num_views + i),
+            resume_student=functools.partial(resume, train=True, rngs=dropout),
+        )
         return _returned(method, method.loss(params["method"], method_state, student, target, batch, where))
 
     def objective(params):
@@ -316,7 +327,7 @@ def _update(
         label = terms.get("label", jnp.float32(0))
         distill = sum((value for name, value in terms.items() if name != "label"), start=jnp.float32(0))
         correct = jnp.stack([outputs.logits.argmax(-1) == batch["label"] for outputs in students])
-        metrics = {"loss": label + distill, **terms, **metrics, "top1": 100 * correct.mean(), "count": 1.0}
+        metrics = {"loss": label + distill, **terms, "top1": 100 * correct.mean(), **metrics, "count": 1.0}
         return (label, distill), (batch_stats, method_state, metrics)
 
     (label, _), pullback, (batch_stats, method_state, metrics) = jax.vjp(objective, state.params, has_aux=True)

@@ -103,7 +103,9 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
     start = _restore(students)
     states = steps.replicate(tuple(student.state for student in students), mesh)
     totals = [steps.replicate(student.totals(), mesh) for student in students]
-    teaching = next((student.run for student in students if student.run.teacher), run)
+    taught = [student.run for student in students if student.run.teacher]
+    # A teacher that one of them resumes is not folded, and serves the others as well.
+    teaching = max(taught, key=lambda run: run.method.resumes_teacher, default=run)
     recipe = recipe._replace(teacher_normalization=teaching.recipe.teacher_normalization)
     train_step = steps.make_train_step([student.run.learner for student in students], teaching.teacher, recipe, mesh)
 
@@ -230,7 +232,9 @@ class Student:
 
     def evaluate(self, step: int, state: steps.TrainState, mesh: Mesh) -> None:
         """Tests the network, and saves it as the last and, where it is, the best."""
-        variables = {"params": state.params["student"], "batch_stats": state.batch_stats}
+        run, variables = self.run, {"params": state.params["student"], "batch_stats": state.batch_stats}
+        images = jax.ShapeDtypeStruct((1, *run.splits.test.images.shape[1:]), np.float32)
+        variables = run.method.deploy(run.student, images, variables, state.params["method"], state.method_state)
         size = self.run.loop.eval_batch_size
         result = {"step": step, **steps.evaluate(self._eval_step, variables, *self.run.splits.test, size)}
         self.writer.write(step, "test", {name: result[name] for name in ("top1", "top5", "loss")})

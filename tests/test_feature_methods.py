@@ -6,20 +6,21 @@ REFERENCES.
 
 import functools
 import importlib
+import itertools
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, untrained
 from test_methods import FEATURES, context, jit
-from test_train import assert_same
+from test_train import assert_same, records
 
 from rkd_jax import experiment, methods, models, steps, train
-from rkd_jax.checkpoint import Checkpoints
-from rkd_jax.methods import _maps, crd, fitnets
-from rkd_jax.models import Outputs
+from rkd_jax.checkpoint import Checkpoints, load_network
+from rkd_jax.methods import _maps, crd, fitnets, norm
+from rkd_jax.models import LAST, Cuts, Outputs
 from rkd_jax.report import paper
 
 try:
@@ -35,6 +36,7 @@ MAPS = {  # [side, channels] from the stem on
     "teacher": ((8, 4), (8, 6), (4, 8), (2, 12)),
     "smaller teacher": ((8, 4), (4, 6), (2, 8), (2, 12)),
     "larger teacher": ((8, 4), (8, 6), (8, 8), (4, 12)),
+    "smallest teacher": ((8, 4), (4, 6), (2, 8), (1, 12)),
     "longer teacher": ((8, 4), (8, 7), (8, 6), (4, 8), (2, 12)),
 }
 Y, INDEX = np.array([0, 3, 5, 3], np.int32), np.array([7, 2, 0, 5], np.int32)
@@ -48,7 +50,45 @@ def outputs(seed, maps):
     side, channels = maps[-1]  # a network may have layers of other channels behind its last stage
     last = np.maximum(rng.normal(size=(BATCH, side, side, channels + 3)), 0)
     relu = tuple(np.maximum(x, 0) for x in features)
-    return Outputs(class_maps.mean((1, 2)), relu, last.mean((1, 2)), tuple(features), class_maps, last)
+    cuts = Cuts(tuple(features), activated=seed == 1)  # the teacher's
+    return Outputs(class_maps.mean((1, 2)), relu, last.mean((1, 2)), tuple(features), class_maps, last, cuts)
+
+
+def rest(seed, maps):
+    """What follows a map in such a network, in JAX and in PyTorch: averages of squares, a matrix and tanh a stage."""
+    rng = np.random.default_rng(seed)
+    channels = [channels for _, channels in maps]
+    steps = [1, *(before // after for (before, _), (after, _) in itertools.pairwise(maps))]
+    weights = [None, *(rng.normal(size=pair) for pair in itertools.pairwise(channels))]
+    heads = {
+        len(maps) - 1: rng.normal(size=(channels[-1], CLASSES)),
+        LAST: rng.normal(size=(channels[-1] + 3, CLASSES)),
+    }
+
+    def in_jax(stage, x):
+        found = [jnp.zeros(0)] * len(maps)
+        for i in range(stage + 1, len(maps)) if stage != LAST else ():
+            b, h, w, k = x.shape
+            x = x.reshape(b, h // steps[i], steps[i], w // steps[i], steps[i], k).mean((2, 4))
+            found[i] = x = jnp.tanh(x @ weights[i])
+        logits = x.mean((1, 2)) @ heads[LAST if stage == LAST else len(maps) - 1]
+        return Outputs(logits, cuts=Cuts(found, activated=False))
+
+    def in_torch(stage, x):
+        found = [None] * len(maps)
+        for i in range(stage + 1, len(maps)) if stage != LAST else ():
+            found[i] = x = torch.tanh(
+                torch.einsum("bkhw,kl->blhw", F.avg_pool2d(x, steps[i]), torch.tensor(weights[i]))
+            )
+        return x.mean((2, 3)) @ torch.tensor(heads[LAST if stage == LAST else len(maps) - 1]), found
+
+    return in_jax, in_torch
+
+
+def where(epoch, kind="teacher"):
+    """A context whose networks go on as `rest` has it."""
+    student, teacher = rest(2, MAPS["student"])[0], rest(3, MAPS[kind])[0]
+    return context(epoch)._replace(resume_student=student, resume_teacher=teacher)
 
 
 def shapes(found):
@@ -179,17 +219,87 @@ def reference_crd(m, params, s, t):
     return found
 
 
-NO_REGRESSOR = {("fitnets", "tinyimagenet_res18_mv2")}  # from a side of 17 to one of 32
+def reference_norm(m, params, s, t, resume_student, resume_teacher):
+    x, target = s.last_map, t.features[-1]
+    expanded = batch_norm(dense(x, params["Dense_0"]), params["BatchNorm_0"])
+    x = x + batch_norm(dense(expanded, params["Dense_1"]), params["BatchNorm_1"])
+    here, there = x.shape[-1], target.shape[-1]
+    target = F.max_pool2d(target, there // here) if there > here else target
+    expanded = F.max_pool2d(expanded, here // there) if here > there else expanded
+    logits = F.layer_norm(resume_student(LAST, x)[0], (CLASSES,), eps=1e-7) * m["logit_scale"]
+    matched = F.mse_loss(expanded, target.repeat(1, m["segments"], 1, 1)) * m["segments"]
+    return {"label": m["alpha"] * F.cross_entropy(logits, torch.tensor(Y).long()), "maps": m["beta"] * 0.1 * matched}
+
+
+def connect(x, like, activated, params):
+    if 2 * x.shape[-1] == like.shape[-1]:
+        kernel = params["ConvTranspose_0"]["kernel"].permute(2, 3, 0, 1).flip(2, 3)
+        x = F.conv_transpose2d(x, kernel, stride=2, padding=1)
+    else:
+        x = F.conv2d(x, params["Conv_0"]["kernel"].permute(3, 2, 0, 1), stride=x.shape[-1] // like.shape[-1], padding=1)
+    x = batch_norm(x, params["BatchNorm_0"])
+    return F.leaky_relu(x, 0.1) if activated else x
+
+
+def reference_fcfd(m, params, s, t, resume_student, resume_teacher):
+    """Paths as the released code counts them: by the stages that are the student's, from the front or the back."""
+    behind = len(t.cuts.maps) - len(s.cuts.maps)
+    last, T = len(s.cuts.maps) - 1, m["temperature"]
+
+    def kl(logits):
+        return T**2 * F.kl_div((logits / T).log_softmax(1), (t.logits / T).softmax(1), reduction="batchmean")
+
+    def compare(maps, first):
+        total = 0
+        for i in range(first, last + 1):
+            total = total + F.mse_loss(maps[i], t.cuts.maps[i + behind])
+        pooled = [F.relu(x).mean((2, 3)) for x in (maps[last], t.cuts.maps[last + behind])]
+        return total + F.mse_loss(*pooled)
+
+    bridged = {
+        i: connect(s.cuts.maps[i], t.cuts.maps[i + behind], t.cuts.activated, params["to_teacher"][i - 1])
+        for i in range(1, last + 1)
+    }
+    paths = [(side, i) for side in ("teacher", "student") for i in range(1, last)]
+    order = np.asarray(jax.random.permutation(context(3.5).rng, len(paths)))
+    function = mixture = torch.zeros(())
+    for number, (side, i) in zip(order, paths, strict=True):
+        if number >= m["extra_paths"]:
+            continue
+        if side == "teacher":
+            logits, maps = resume_teacher(i + behind, bridged[i])
+            function = function + compare(dict(enumerate(maps, -behind)), i + 1)
+        else:
+            x = connect(t.cuts.maps[i + behind], s.cuts.maps[i], s.cuts.activated, params["to_student"][i - 1])
+            logits, _ = resume_student(i, x)
+        mixture = mixture + kl(logits)
+    weight = m["feature_weight"] * 4 / 20  # the fourth epoch
+    return {
+        "distill": m["beta"] * kl(s.logits),
+        "appearance": weight * compare(bridged, 1),
+        "function": weight * function,
+        "mixture": m["mixture_weight"] * mixture,
+    }
+
+
+OTHER_SIDES = {  # of the student and the teacher, between which a method has no way
+    ("fcfd", "tinyimagenet_res18_mv2"): r"33 x 33 in config\.student and of 64 x 64 in config\.teacher",
+    ("fitnets", "tinyimagenet_res18_mv2"): r"17 x 17 in config\.student and of 32 x 32 in config\.teacher",
+    ("norm", "tinyimagenet_res18_mv2"): r"9 x 9 in config\.student and of 8 x 8 in config\.teacher",
+}
 REFERENCES = {
     "at": reference_at,
     "cat_kd": reference_cat_kd,
     "crd": reference_crd,
+    "fcfd": reference_fcfd,
     "fitnets": reference_fitnets,
     "ickd": reference_ickd,
+    "norm": reference_norm,
     "reviewkd": reference_reviewkd,
     "sp": reference_sp,
     "vid": reference_vid,
 }
+RESUMING, SIDES = {"fcfd", "norm"}, ("teacher", "student")
 S, T = outputs(0, MAPS["student"]), outputs(1, MAPS["teacher"])
 CASES = [(name, {}, "teacher") for name in sorted(FEATURES)] + [
     *((name, {}, "longer teacher") for name in ("at", "ickd", "reviewkd", "sp", "vid")),
@@ -199,6 +309,11 @@ CASES = [(name, {}, "teacher") for name in sorted(FEATURES)] + [
     ("cat_kd", {"map_resolution": 4, "normalize_maps": True}, "teacher"),
     ("cat_kd", {"map_resolution": 3}, "larger teacher"),
     ("vid", {"initial_variance": 0.5}, "teacher"),
+    ("norm", {}, "smallest teacher"),
+    ("norm", {"alpha": 0.5, "beta": 2.0, "segments": 3, "logit_scale": 1.5}, "larger teacher"),
+    *(("fcfd", {"extra_paths": count}, kind) for count, kind in enumerate((
+        "larger teacher", "smaller teacher", "longer teacher", "teacher", "longer teacher"))),
+    ("fcfd", {"alpha": 2.0, "beta": 3.0, "feature_weight": 10.0, "mixture_weight": 0.2, "extra_paths": 4}, "teacher"),
 ]  # fmt: skip
 
 
@@ -213,7 +328,9 @@ def in_torch(tree):
 
 
 @needs_torch
-@pytest.mark.parametrize(("name", "fields", "kind"), CASES, ids=[f"{n}-{k}-{len(f)}" for n, f, k in CASES])
+@pytest.mark.parametrize(
+    ("name", "fields", "kind"), CASES, ids=["-".join(map(str, (n, k, *f.values()))) for n, f, k in CASES]
+)
 def test_values_and_gradients_are_pytorchs(name, fields, kind):
     method, s, t = methods.create(name, **fields), S, outputs(1, MAPS[kind])
     params, state = method.init(jax.random.key(0), shapes(s), shapes(t), EXAMPLES)
@@ -221,7 +338,7 @@ def test_values_and_gradients_are_pytorchs(name, fields, kind):
     batch = {"label": Y, "index": INDEX}
 
     def loss(params, s):
-        found, _, _ = method.loss(params, state, s, t, batch, context(3.5))
+        found, _, _ = method.loss(params, state, s, t, batch, where(3.5, kind))
         return sum(found.values()), found
 
     with jax.enable_x64(True):
@@ -230,8 +347,10 @@ def test_values_and_gradients_are_pytorchs(name, fields, kind):
     theirs = in_torch(s)
     # A kernel of rank 4 would be taken for a map: parameters keep their order of axes.
     own = jax.tree.map(lambda x: torch.tensor(np.asarray(x)).requires_grad_(), params)
-    expected = REFERENCES[name](methods.hyperparameters(method), own, theirs, in_torch(t))
-    expected["label"] = F.cross_entropy(theirs.logits, torch.tensor(Y).long())
+    rests = [rest(2, MAPS["student"])[1], rest(3, MAPS[kind])[1]] if name in RESUMING else []
+    expected = REFERENCES[name](methods.hyperparameters(method), own, theirs, in_torch(t), *rests)
+    label = fields.get("alpha", 1) * F.cross_entropy(theirs.logits, torch.tensor(Y).long())
+    expected.setdefault("label", label)
     sum(expected.values()).backward()
     assert {*found} == {*expected}
     for term, value in found.items():
@@ -273,9 +392,7 @@ def test_resampling_is_pytorchs(size, side):
 @pytest.mark.parametrize(("side", "to_side"), [(8, 16), (16, 8), (8, 6)])
 def test_fitnets_regressor_starts_as_pytorchs(channels, features, side, to_side):
     s, t = (jax.ShapeDtypeStruct((2, x, x, k), jnp.float32) for x, k in ((side, channels), (to_side, features)))
-    (kernel,) = (
-        x for x in jax.tree.leaves(_maps.init(fitnets.Regressor.between(s, t), jax.random.key(0), s)) if x.ndim == 4
-    )
+    (kernel,) = (x for x in jax.tree.leaves(_maps.init(fitnets.regressor(s, t), jax.random.key(0), s)) if x.ndim == 4)
     layer = torch.nn.ConvTranspose2d if to_side > side else torch.nn.Conv2d
     theirs = layer(channels, features, kernel.shape[0]).weight.detach().numpy()
     np.testing.assert_allclose(kernel.std(), theirs.std(), rtol=0.02)
@@ -293,7 +410,7 @@ def test_crds_banks_are_running_averages_and_its_partition_stays():
     for step, index in enumerate(([7, 2, 0, 5], [1, 2, 8, 5])):
         s, t = outputs(step, MAPS["student"]), outputs(10 + step, MAPS["teacher"])
         batch = {"label": jnp.array(Y), "index": jnp.array(index)}
-        _, state, _ = jit(method.loss)(params, state, s, t, batch, context(step))
+        _, state, _ = jit(functools.partial(method.loss, context=context(step)))(params, state, s, t, batch)
         for side, own in (("student", s), ("teacher", t)):
             layer = params[side]["Dense_0"]
             e = own.embedding @ np.asarray(layer["kernel"], np.float64) + layer["bias"]
@@ -336,9 +453,22 @@ def test_crds_negatives_are_of_other_classes_and_as_many_as_asked_for():
     np.testing.assert_allclose(metrics["negatives"], chosen.sum(-1).mean())
 
 
-def test_resumed_run_is_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def two_stages_teacher(tmp_path_factory):
+    return untrained("small_network:two_stages", tmp_path_factory.mktemp("teacher") / "two_stages")
+
+
+@pytest.fixture
+def two_stages(tiny, two_stages_teacher):
+    """The configs of `tiny` for networks of two stages."""
+    pair = dict.fromkeys(("student", "teacher"), "small_network:two_stages")
+    return lambda **fields: tiny(**pair | {"teacher_checkpoint": str(two_stages_teacher)} | fields)
+
+
+@pytest.mark.parametrize("name", ["crd", "fcfd", "norm"])
+def test_resumed_run_is_an_uninterrupted_one(name, two_stages, tmp_path, monkeypatch):
     """Of a method with parameters and a state: the same bits of both, too."""
-    config = tiny(method="crd", num_steps=8, checkpoint_seconds=0.0)
+    config = two_stages(method=name, num_steps=8, checkpoint_seconds=0.0)
     whole = train.train_and_evaluate(config, tmp_path / "a")
     log = train.Student.log
 
@@ -359,14 +489,181 @@ def test_resumed_run_is_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
         assert_same(*map(part, states))
 
 
+# FCFD's paths.
+
+
+def test_fcfds_paths_are_drawn_anew_and_as_many_as_asked_for():
+    method, (s, t) = methods.create("fcfd", extra_paths=2), jax.tree.map(np.float32, (S, T))
+    params, _ = method.init(jax.random.key(0), shapes(s), shapes(t), EXAMPLES)
+    alone = methods.create("fcfd", extra_paths=4)
+
+    def mixture(method, rng, skip=None):
+        """The paths' term, without that of one path where `skip`, whose logits are the teacher's."""
+
+        def without(resume, side):
+            def found(stage, x):
+                outputs = resume(stage, x)
+                return outputs._replace(logits=t.logits) if (side, stage) == skip else outputs
+
+            return found
+
+        now = where(3.5)._replace(rng=rng)
+        now = now._replace(**{f"resume_{side}": without(getattr(now, f"resume_{side}"), side) for side in SIDES})
+        return method.loss(params, {}, s, t, {"label": Y, "index": INDEX}, now)[0]["mixture"]
+
+    paths = [(side, stage) for side in SIDES for stage in (1, 2)]
+    whole = mixture(alone, jax.random.key(0))
+    shares = [whole - mixture(alone, jax.random.key(0), path) for path in paths]
+    np.testing.assert_allclose(sum(shares), whole, rtol=1e-4)
+    pairs = {frozenset(pair): shares[pair[0]] + shares[pair[1]] for pair in itertools.combinations(range(4), 2)}
+    drawn = []
+    for total in jit(jax.vmap(functools.partial(mixture, method)))(jax.random.split(jax.random.key(5), 60)):
+        (found,) = (pair for pair, share in pairs.items() if np.isclose(share, total, rtol=1e-4))
+        drawn.append(found)
+    assert {*drawn} == {*pairs}
+    assert max(map(drawn.count, pairs)) < 25  # of 60, for 10 expected
+
+
+def test_fcfd_asks_for_two_maps():
+    bare = S._replace(cuts=Cuts(S.cuts.maps[:1], activated=True))
+    with pytest.raises(ValueError, match=r"config\.student has 1 in its rkd_jax\.models\.Cuts, config\.teacher 4; two"):
+        methods.create("fcfd").init(jax.random.key(0), shapes(bare), shapes(T), EXAMPLES)
+
+
+def test_fcfds_teacher_is_not_folded(two_stages, tmp_path, monkeypatch):
+    """Nor where it is shared with a method whose teacher is."""
+    with pytest.raises(ValueError, match=r"config\.method='fcfd' trains through .*config\.fold_teacher=True"):
+        experiment.build(two_stages(method="fcfd", fold_teacher=True))
+    build, folded = experiment.build, []
+
+    def on_a_gpu(config):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax, "default_backend", lambda: "gpu")
+            run = build(config)
+        folded.append(not run.teacher_variables["batch_stats"])
+        return run._replace(loop=run.loop._replace(steps_per_call=1))
+
+    fields = {"num_steps": 2, "log_every": 1}
+    train.train_and_evaluate(two_stages(method="fcfd", **fields), tmp_path / "alone")
+    monkeypatch.setattr(experiment, "build", on_a_gpu)
+    pair = [(two_stages(method=name, **fields), tmp_path / name) for name in ("kd", "fcfd")]
+    train.train_together(pair)
+    assert folded == [True, False]
+    alone, together = (records(tmp_path / name) for name in ("alone", "fcfd"))
+    mixtures = [[line["mixture"] for line in lines if "mixture" in line] for lines in (alone, together)]
+    assert mixtures[0] == pytest.approx(mixtures[1], rel=1e-4)
+    assert len(mixtures[0]) == 2
+
+
+# NORM's layers, merged.
+
+
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2_64x64"])
+def test_norms_layers_merge_into_the_classifier(name):
+    model, rng = models.create(name, CLASSES), np.random.default_rng(0)
+    images = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
+    variables = experiment.untrained(model, images.shape[1:])
+    plain = jax.eval_shape(model.apply, variables, images)
+    method = methods.create("norm", segments=2)
+    params, state = method.init(jax.random.key(0), plain, plain, EXAMPLES)
+    params, state = jax.tree.map(lambda x: x + 0.3 * rng.random(x.shape, np.float32), (params, state))
+
+    @jit
+    def logits(variables, params, state):
+        plain = model.apply(variables, images)
+        layers = norm.Transform(2 * plain.features[-1].shape[-1])
+        _, x = layers.apply({"params": params, "batch_stats": state}, plain.last_map, False)
+        deployed = method.deploy(model, images, variables, params, state)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.shape, b.shape), deployed, variables)
+        through = models.resume(model, variables, images, LAST, x)
+        return model.apply(deployed, images).logits, through.logits, plain.logits
+
+    found, expected, before = logits(variables, params, state)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(before - expected).max() > 0.1 * np.abs(expected).max()
+
+
+def test_a_run_of_norm_leaves_a_plain_network_of_the_accuracy_that_it_says(two_stages, tmp_path):
+    config = two_stages(method="norm", segments=2)
+    summary = train.train_and_evaluate(config, tmp_path)
+    run = experiment.build(config)
+    variables, metadata = load_network(tmp_path / "last", "small_network:two_stages", 10)
+    experiment.check_variables(run.student, variables, run.splits.train.images.shape[1:], "last")
+    evaluate = steps.make_eval_step(run.student, run.recipe.student_normalization)
+    assert (
+        steps.evaluate(evaluate, variables, *run.splits.test, 32)["top1"] == metadata["top1"] == summary["last"]["top1"]
+    )
+    template = steps.run_once(run.create_state, jax.random.key(0))
+    trained = Checkpoints(tmp_path / "checkpoints").restore(template, 12)[0].params["student"]
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), trained, variables["params"])
+    assert {path[0].key for path, equal in jax.tree_util.tree_leaves_with_path(same) if not equal} == {"fc"}
+
+
+def test_norm_names_what_it_cannot_merge_before_the_first_step(two_stages, tmp_path):
+    (tmp_path / "own.py").write_text(NO_CUT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        for factory, message in (
+            ("no_cut", r"does not end with rkd_jax\.models\.Cut\(LAST\)"),
+            ("no_bias", "it has no bias"),
+        ):
+            message = rf"config\.method='norm' merges layers into config\.student's classifier: .*{message}"
+            with pytest.raises(ValueError, match=message):
+                train.train_and_evaluate(two_stages(method="norm", student=f"own:{factory}"), tmp_path / "run")
+            assert not (tmp_path / "run" / "config.json").exists()
+    odd, even = S._replace(last_map=np.ones((BATCH, 3, 3, 5))), outputs(1, [(8, 4)] * 4)
+    with pytest.raises(
+        ValueError, match=r"3 x 3 in config\.student and of 8 x 8 in config\.teacher, neither a multiple"
+    ):
+        methods.create("norm").init(jax.random.key(0), shapes(odd), shapes(even), EXAMPLES)
+
+
+NO_CUT = """
+import flax.linen as nn
+from rkd_jax.models import LAST, Cut, Outputs
+
+class Net(nn.Module):
+    num_classes: int
+    cut: bool
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        x = nn.relu(nn.Conv(4, (3, 3), strides=4)(images))
+        x = Cut(LAST)(x) if self.cut else x
+        logits = nn.Dense(self.num_classes, use_bias=not self.cut)(x.mean((1, 2)))
+        return Outputs(logits, last_map=x)
+
+def no_cut(num_classes): return Net(num_classes, cut=False)
+def no_bias(num_classes): return Net(num_classes, cut=True)
+"""
+
+
 # Every pair, and what cannot be.
 
 
 @functools.cache
 def traced(name, classes, side):
+    """A network, its variables and its outputs, the arrays by their shapes."""
     model = models.create(name, classes, image_size=side)
     images = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
-    return jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, train=False)[0], images)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return model, variables, jax.eval_shape(functools.partial(model.apply, train=False), variables, images)
+
+
+def terms_of(method, student, teacher, side):
+    """The terms of a method for two such networks, by their shapes."""
+    (s_model, *s), (t_model, *t) = student, teacher
+    images, batch = jnp.zeros((2, side, side, 3)), {"label": jnp.zeros(2, jnp.int32), "index": jnp.arange(2)}
+
+    def loss(s_variables, s, t_variables, t):
+        resume_student = functools.partial(models.resume, s_model, s_variables, images, train=True)
+        resume_teacher = functools.partial(models.resume, t_model, t_variables, images, train=True)
+        now = context(0.0)._replace(resume_student=resume_student, resume_teacher=resume_teacher)
+        params, state = method.init(jax.random.key(0), shapes(s), shapes(t), 10)
+        method.deploy(s_model, images, s_variables, params, state)
+        return method.loss(params, state, s, t, batch, now)[0]
+
+    return jax.eval_shape(loss, *s, *t)
 
 
 @pytest.mark.parametrize("pair", paper.PAIRS)
@@ -374,31 +671,26 @@ def test_every_pair_of_the_paper(pair):
     config = importlib.import_module(f"configs.{pair}").get_config()
     classes, side = (100, 32) if config.dataset == "cifar100" else (200, 64)
     student, teacher = (traced(name, classes, side) for name in (config.student, config.teacher))
-    batch = {"label": jnp.zeros(2, jnp.int32), "index": jnp.arange(2)}
     for name in sorted(FEATURES):
         method = methods.resolve(name, {}, config.dataset, config.teacher, config.student)
-
-        def loss(method, student, teacher):
-            params, state = method.init(jax.random.key(0), shapes(student), shapes(teacher), 10)
-            return method.loss(params, state, student, teacher, batch, context(0.0))[0]
-
-        if (name, pair) in NO_REGRESSOR:
-            with pytest.raises(ValueError, match=r"17 x 17 in config\.student and of 32 x 32 in config\.teacher"):
-                jax.eval_shape(functools.partial(loss, method), student, teacher)
+        if (name, pair) in OTHER_SIDES:
+            with pytest.raises(ValueError, match=OTHER_SIDES[name, pair]):
+                terms_of(method, student, teacher, side)
             continue
-        found = jax.eval_shape(functools.partial(loss, method), student, teacher)
+        found = terms_of(method, student, teacher, side)
         assert all(value.shape == () for value in found.values()), name
 
 
 @pytest.mark.parametrize("name", sorted(FEATURES))
 def test_networks_without_maps_are_named(name):
     method = methods.create(name)
-    field = {"cat_kd": "class_maps", "crd": "embedding", "ickd": "last_map"}.get(name, "features")
+    read = {"cat_kd": "class_maps", "crd": "embedding", "fcfd": "cuts", "ickd": "last_map", "norm": "last_map"}
+    field = read.get(name, "features")
     bare, message = Outputs(S.logits), f"reads the student's {field}, and config.student returns none"
     with pytest.raises(ValueError, match=message):
         method.init(jax.random.key(0), shapes(bare), shapes(T), EXAMPLES)
-    field = "preactivations" if name == "reviewkd" else field
-    bare = T._replace(**{field: None if name in ("cat_kd", "crd", "ickd") else ()})
+    field = {"norm": "features", "reviewkd": "preactivations"}.get(name, field)
+    bare = T._replace(**{field: () if isinstance(getattr(T, field), tuple) else None})
     with pytest.raises(
         ValueError, match=f"reads the teacher's {field}, and config.teacher returns none; return {field}"
     ):
@@ -406,24 +698,18 @@ def test_networks_without_maps_are_named(name):
     if name == "reviewkd":
         with pytest.raises(ValueError, match=r"reads the teacher's embedding, and config\.teacher returns none"):
             method.init(jax.random.key(0), shapes(S), shapes(T._replace(embedding=None)), EXAMPLES)
-    if name not in ("cat_kd", "crd", "fitnets", "ickd"):
+    if name not in ("cat_kd", "crd", "fcfd", "fitnets", "ickd", "norm"):
         with pytest.raises(ValueError, match=r"config\.student returns 1 of at least 2"):
             method.init(jax.random.key(0), shapes(S._replace(features=S.features[:1])), shapes(T), EXAMPLES)
 
 
-@pytest.mark.parametrize("name", ["at", "crd", "fitnets", "ickd", "reviewkd", "sp", "vid"])
+@pytest.mark.parametrize("name", sorted(FEATURES - {"cat_kd"}))
 def test_the_documentations_network_has_what_they_read(name, tmp_path, monkeypatch):
     page = (ROOT / "docs" / "methods.md").read_text()
     (tmp_path / "my_networks.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1))
     monkeypatch.syspath_prepend(tmp_path)
-    student, teacher = traced("my_networks:Net", CLASSES, 32), traced("resnet8", CLASSES, 32)
-    method, batch = methods.create(name), {"label": jnp.zeros(2, jnp.int32), "index": jnp.arange(2)}
-
-    def loss(student, teacher):
-        params, state = method.init(jax.random.key(0), shapes(student), shapes(teacher), 10)
-        return method.loss(params, state, student, teacher, batch, context(0.0))[0]
-
-    assert {value.shape for value in jax.eval_shape(loss, student, teacher).values()} == {()}
+    found = terms_of(methods.create(name), traced("my_networks:Net", CLASSES, 32), traced("resnet8", CLASSES, 32), 32)
+    assert {value.shape for value in found.values()} == {()}
 
 
 @pytest.mark.parametrize("name", sorted(FEATURES))
@@ -435,7 +721,7 @@ def test_images_that_are_not_square(name):
 
     def loss(s, t):
         params, state = method.init(jax.random.key(0), shapes(s), shapes(t), EXAMPLES)
-        return method.loss(params, state, s, t, batch, context(3.5))[0]
+        return method.loss(params, state, s, t, batch, where(3.5))[0]
 
     found, square = jit(loss)(*wide), jit(loss)(S, T)
     assert all(np.isfinite(value) for value in found.values())

@@ -24,7 +24,7 @@ from conftest import FAST_COMPILE
 from rkd_jax import methods
 from rkd_jax.methods import __main__ as listing
 from rkd_jax.methods import base, dot
-from rkd_jax.models import Outputs
+from rkd_jax.models import Cuts, Outputs
 
 ROOT = Path(__file__).parents[1]
 jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
@@ -33,7 +33,7 @@ NAMES = methods.names()
 
 # Methods that compare feature maps or embeddings: tests/test_feature_methods.py has their formulas. What holds for
 # functions of the logits is not asked of them.
-FEATURES = {"at", "cat_kd", "crd", "fitnets", "ickd", "reviewkd", "sp", "vid"}
+FEATURES = {"at", "cat_kd", "crd", "fcfd", "fitnets", "ickd", "norm", "reviewkd", "sp", "vid"}
 # The student's logits at which the terms of distillation are least, where these are not the teacher's.
 MATCH = {"ttm": lambda method, t: method.power * t}
 # Terms that are not least there: a cross-entropy with the label.
@@ -60,6 +60,7 @@ VARIANTS = [
     ("dot", {"inner": "mlkd"}),
     ("dot", {"inner": "ctkd"}),
     ("dot", {"inner": "reviewkd"}),
+    ("dot", {"inner": "norm"}),
 ]
 CASES = [(name, {}) for name in NAMES] + VARIANTS
 OF_LOGITS = [(name, fields) for name, fields in CASES if not {name, fields.get("inner")} & FEATURES]
@@ -75,7 +76,13 @@ each_case, each_case_of_logits = each(CASES), each(OF_LOGITS)
 
 def context(epoch):
     epoch = jnp.float32(epoch)
-    return base.Context(rng=jax.random.key(0), step=jnp.int32(epoch * 10), epoch=epoch, progress=epoch / 100)
+    return base.Context(jax.random.key(0), jnp.int32(epoch * 10), epoch, epoch / 100, resumed, resumed)
+
+
+def resumed(stage, x):
+    """What a network makes of a map, for a network that is its logits: other logits."""
+    weights = jnp.sin(jnp.arange(x.shape[-1] * CLASSES, dtype=x.dtype)).reshape(x.shape[-1], CLASSES)
+    return outputs(x.mean((-3, -2)) @ weights)
 
 
 def outputs(logits, features=((8, 8, 4), (4, 4, 8), (2, 2, 16))):
@@ -87,7 +94,10 @@ def outputs(logits, features=((8, 8, 4), (4, 4, 8), (2, 2, 16))):
     )
     embedding = jnp.tanh(logits @ jnp.cos(jnp.arange(CLASSES * 16, dtype=logits.dtype)).reshape(CLASSES, 16))
     class_maps = logits[..., None, None, :] * jnp.linspace(0.5, 1.5, 4, dtype=logits.dtype).reshape(2, 2, 1)
-    return Outputs(logits, tuple(map(jax.nn.relu, maps)), embedding, maps, class_maps, jax.nn.relu(maps[-1]))
+    last = jax.nn.relu(maps[-1])
+    return Outputs(
+        logits, tuple(map(jax.nn.relu, maps)), embedding, maps, class_maps, last, Cuts(maps, activated=False)
+    )
 
 
 def shapes(batch):
@@ -107,7 +117,8 @@ def terms(method, s, t, y, epoch=30.0):
     for s_view, t_view in views:
         teacher = outputs(t_view) if method.needs_teacher else None
         one, state, metrics = method.loss(params, state, outputs(s_view), teacher, batch, context(epoch))
-        assert not {*metrics} & {*one, "loss", "top1"}
+        assert not {*metrics} & {*one, "loss"}
+        assert ("top1" in metrics) == ("norm" in methods.called(method))  # whose logits are not those of its student
         found.append(one)
     return jax.tree.map(lambda *values: sum(values), *found)
 
@@ -262,7 +273,7 @@ def test_trains_and_compiles_once(name, fields):
         traces += 1
 
         def parts(params):
-            where = base.Context(rng, number, 40 + number / 10, number / 40)
+            where = base.Context(rng, number, 40 + number / 10, number / 40, resumed, resumed)
             teacher = outputs(t) if method.needs_teacher else None
             batch = {"label": y, "index": jnp.arange(8)}
             found, new, _ = method.loss(params["method"], state, outputs(params["student"]), teacher, batch, where)

@@ -31,6 +31,18 @@ class Probe(base.Distiller):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Resumer(base.Distiller):
+    """Learns from what the student makes of a map of ones alone."""
+
+    def loss(self, params, state, student, teacher, batch, context):
+        again = context.resume_student(1, student.cuts.maps[1]).logits
+        taught = context.resume_teacher(1, teacher.cuts.maps[1]).logits
+        ones = context.resume_student(2, jnp.ones_like(student.cuts.maps[2]) * batch["label"][:, None, None, None])
+        gaps = {"student_gap": again - student.logits, "teacher_gap": taught - teacher.logits}
+        return {"label": ones.logits.var()}, state, {name: jnp.abs(gap).max() for name, gap in gaps.items()}
+
+
 def prepare(config, method=None, **recipe):
     """A run of one student: (experiment, state, inputs, step)."""
     run = experiment.build(config)
@@ -58,6 +70,32 @@ def test_step_compiles_once_and_counts(tiny):
         assert np.isfinite(metrics["loss"])
     assert int(state.step) == 10
     assert step.compilations() == 1
+
+
+@pytest.mark.usefixtures("fast_compile")
+@pytest.mark.parametrize("one_batch", [False, True])
+def test_a_method_resumes_the_networks_of_this_step(resnets, monkeypatch, one_batch):
+    """From its own map the student makes the same logits, by the same batch statistics, which it leaves alone; the
+    teacher's running averages are not those of the batch; a gradient reaches what lies behind the map."""
+    create = experiment.create_learner
+    monkeypatch.setattr(
+        experiment, "create_learner", lambda *args: create(*args)._replace(views_in_one_batch=one_batch)
+    )
+    if one_batch:  # as on a GPU
+        monkeypatch.setattr(_conv, "available", lambda: False)
+    config = resnets(views="both", weight_decay=0.0)
+    states = {}
+    for method in (Resumer(), experiment.methods.create("cross_entropy")):
+        _, before, inputs, step = prepare(config, method)
+        before = jax.device_get(before)
+        states[type(method)], metrics = jax.device_get(step(before, inputs, steps.epoch_order(RNG, 0, 64)))
+        if isinstance(method, Resumer):
+            assert metrics["student_gap"] < 1e-4
+            assert metrics["teacher_gap"] > 1e-2
+            changed = jax.tree.map(lambda a, b: (a != b).any(), before.params, states[Resumer].params)["student"]
+    assert {name for name, leaves in changed.items() if any(jax.tree.leaves(leaves))} == {"layer3_0", "fc"}
+    resumed, plain = (state.batch_stats for state in states.values())
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), resumed, plain)
 
 
 def test_a_gpus_program_has_nothing_of_a_cpus(resnets, monkeypatch):

@@ -8,12 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.nn.initializers import Initializer
 
 from rkd_jax import losses
 from rkd_jax.models import Outputs
-from rkd_jax.models.layers import EPSILON
+from rkd_jax.models.layers import EPSILON, torch_default
 
 TINY = 1e-12  # a norm below it is taken for 0
+transposed_default = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")  # PyTorch's: it swaps in and out
 
 
 def both(name: str, student: Outputs, teacher: Outputs, ours: str, theirs: str = "", least: int = 1) -> tuple[Any, Any]:
@@ -90,6 +92,50 @@ class BatchNorm(nn.Module):
         axes = tuple(range(x.ndim - 1))
         centred = x - x.mean(axes)
         return centred * (scale * jax.lax.rsqrt(jnp.square(centred).mean(axes) + EPSILON)) + bias
+
+
+class Connector(nn.Module):
+    """From a map to one of another's size: a convolution, batch normalisation and perhaps an activation."""
+
+    features: int  # channels of the other map
+    kernel: tuple[int, int]
+    stride: int = 1
+    padding: int = 0
+    transposed: bool = False
+    inits: tuple[Initializer, Initializer] = (torch_default, transposed_default)  # of a convolution, of a transposed
+    activation: Callable[[jax.Array], jax.Array] | None = nn.relu
+
+    @classmethod
+    def between(cls, s: Any, t: Any, what: str, mend: str, padded: bool = False, **options: Any) -> "Connector":
+        """The connector from a map [B, H, W, K] of the student, to one of the teacher; or the other way.
+
+        A 3x3 convolution of stride 2 where the first has twice the side, a transposed 4x4 one where it has half.
+        Otherwise a 3x3 one for the same side where padded, or one without padding, as large as the difference asks.
+        ValueError, `what` a map of one size and of another; `mend`, where none of them leads there.
+        """
+        (height, width), (to_height, to_width), features = s.shape[1:3], t.shape[1:3], t.shape[-1]
+        if (height, width) == (2 * to_height, 2 * to_width):
+            return cls(features, (3, 3), stride=2, padding=1, **options)
+        if (2 * height, 2 * width) == (to_height, to_width):
+            return cls(features, (4, 4), stride=2, padding=2, transposed=True, **options)
+        if padded and (height, width) == (to_height, to_width):
+            return cls(features, (3, 3), padding=1, **options)
+        if padded or height < to_height or width < to_width:
+            raise ValueError(
+                f"{what} of {height} x {width} in config.student and of {to_height} x {to_width} in config.teacher; "
+                f"{mend}"
+            )
+        return cls(features, (1 + height - to_height, 1 + width - to_width), **options)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, K] -> [B, H', W', features]."""
+        layer = nn.ConvTranspose if self.transposed else nn.Conv
+        strides, padding = (self.stride,) * 2, ((self.padding,) * 2,) * 2
+        init = self.inits[self.transposed]
+        x = layer(self.features, self.kernel, strides, padding, use_bias=False, kernel_init=init)(x)
+        x = BatchNorm()(x)
+        return self.activation(x) if self.activation else x
 
 
 def init(module: nn.Module, rng: jax.Array, *inputs: Any) -> Any:

@@ -7,9 +7,10 @@ module's docstring is the method's page: the paper, a blank line, the formula, a
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,7 +21,7 @@ from rkd_jax.models import Outputs
 Params = Any  # trained beside the student's, by the same optimizer
 State = Any  # carried from step to step, not differentiated
 Terms = dict[str, jax.Array]  # named scalars, already weighted, whose sum is the loss; "label" is the cross-entropy
-Metrics = dict[str, jax.Array]  # named scalars to log
+Metrics = dict[str, jax.Array]  # named scalars to log; "top1" in place of that of the student's logits
 
 
 class Context(NamedTuple):
@@ -30,6 +31,10 @@ class Context(NamedTuple):
     step: jax.Array  # int32, from 0
     epoch: jax.Array  # float32, step / steps per epoch
     progress: jax.Array  # float32 in [0, 1), step / all steps
+    # What a network makes of a map [B, H, W, K] in place of its own of a stage (see `rkd_jax.models.resume`), batch
+    # normalisation by the batch: (stage, map) -> Outputs. With a gradient to the map, and to the student's parameters.
+    resume_student: Callable[[int, jax.Array], Outputs] | None = None
+    resume_teacher: Callable[[int, jax.Array], Outputs] | None = None
 
     def epoch_number(self) -> jax.Array:
         """1 throughout the first epoch, 2 throughout the second: how the methods' released codes count."""
@@ -69,6 +74,7 @@ class Distiller:
     # True: the optimizer is called as tx.update(grads, state, params, term_grads={"label": ..., "distill": ...}),
     # the gradients of the label term and of the sum of the others.
     per_term_gradients: ClassVar[bool] = False
+    resumes_teacher: ClassVar[bool] = False  # True: loss resumes the teacher, whose batch normalisation is not folded
     # Values that the authors use elsewhere than in the dataclass' defaults: data set, student or "teacher>student", in
     # lower case and in rising precedence -> fields. They apply where the config leaves a field unset.
     tuned: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -99,6 +105,14 @@ class Distiller:
     ) -> tuple[Terms, State, Metrics]:
         """Returns the terms of one view's loss (of all views' where joint_views), the next state, what to log."""
         raise NotImplementedError
+
+    def deploy(self, network: nn.Module, images: Any, variables: Any, params: Params, state: State) -> Any:
+        """Returns the student's variables as they are tested and saved: {"params": ..., "batch_stats": ...}.
+
+        `variables` are those that are trained, `images` is like the network's input, and may be a ShapeDtypeStruct.
+        """
+        del network, images, params, state
+        return variables
 
     def wrap_optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
         """Returns the optimizer to use in place of `tx`."""

@@ -37,11 +37,18 @@ class Method(base.Distiller):
     def joint_views(self):
         return self.inner.joint_views
 
+    @property
+    def resumes_teacher(self):
+        return self.inner.resumes_teacher
+
     def init(self, *args):
         return self.inner.init(*args)
 
     def loss(self, *args):
         return self.inner.loss(*args)
+
+    def deploy(self, *args):
+        return self.inner.deploy(*args)
 
     def wrap_optimizer(self, tx):
         return two_momenta(self.inner.wrap_optimizer(tx), self.delta)
