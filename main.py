@@ -12,7 +12,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(f"~/.cache
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rkd_jax import _memory, evaluate, processes, runs
+from rkd_jax import _flags, _memory, evaluate, processes, runs
 
 sys.path.append(os.getcwd())  # for a network or a method of one's own
 CONFIGS = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs"))
@@ -26,24 +26,6 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or report the accuracy of what WORKDIR holds.")
 DISTRIBUTED = flags.DEFINE_string("distributed", None, '"auto" or HOST:PORT,INDEX,COUNT: one of several processes.')
 TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, print where in the code it arose too.")
-
-
-def parse_flags(argv):
-    """Parses the command line; a field that the config lacks, or a config that cannot be read, in one sentence."""
-    if not any(argument.lstrip("-").split("=")[0] == "config" for argument in argv):
-        argv = sys.argv = [argv[0], f"--config={CONFIGS}/digits.py", *argv[1:]]  # config_flags reads sys.argv
-    try:
-        arguments = app.parse_flags_with_usage(argv)
-        CONFIG.value.to_dict()  # raises where the file cannot be read and no flag set a field of it
-        return arguments
-    except (AttributeError, KeyError) as error:  # ml_collections' words come quoted, once for each of its layers
-        words = str(error).replace("\\n", ". ").replace("\\", "").replace("'", "").strip('"')
-        where = "all are in configs/default.py; one of a method of your own goes into your config file"
-        sys.exit(f"Error: no such field of the config: {words} ({where})")
-    except (ValueError, OSError, ImportError) as error:
-        if "[Errno 2]" in str(error):  # of its several lines, the one that names the file
-            error = f"{str(error).splitlines()[-1].strip()}; name a file of {CONFIGS}"
-        sys.exit(f"Error: --config: {error}")
 
 
 def main(argv):
@@ -66,4 +48,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, flags_parser=lambda argv: _flags.parse_config(argv, CONFIG, os.path.join(CONFIGS, "digits.py")))

@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
     config.student = "resnet8x4"
     config.teacher = "resnet32x4"
     config.teacher_checkpoint = ""  # a folder from `python -m rkd_jax.convert`, or another run's WORKDIR/best
-    # Fold its batch norms into its convolutions: the same function, to rounding. None: on GPU and TPU.
+    # Fold its batch norms into its convolutions: the same function, to rounding. None: on GPU and TPU, but for fcfd.
     config.fold_teacher = placeholder(bool)
 
     # Method: a file of rkd_jax/methods/, or "my_module:Class".

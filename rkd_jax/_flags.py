@@ -2,9 +2,12 @@
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
+
+from absl import app, flags
 
 
 def positive(text: str) -> int:
@@ -14,14 +17,35 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> list[str]:
+    """Parses a command line with ml_collections' flag --config, a file of the default's folder; returns what is left.
+
+    A field that the config lacks, or a config that cannot be read, ends the program in one sentence.
+    """
+    if not any(argument.lstrip("-").split("=")[0] == "config" for argument in argv):
+        argv = sys.argv = [argv[0], f"--config={default}", *argv[1:]]  # config_flags reads sys.argv
+    try:
+        arguments = app.parse_flags_with_usage(argv)
+        config.value.to_dict()  # raises where the file cannot be read and no flag set a field of it
+        return arguments
+    except (AttributeError, KeyError) as error:  # ml_collections' words come quoted, once for each of its layers
+        words = str(error).replace("\\n", ". ").replace("\\", "").replace("'", "").strip('"')
+        where = "all are in configs/default.py; one of a method of your own goes into your config file"
+        sys.exit(f"Error: no such field of the config: {words} ({where})")
+    except (ValueError, OSError, ImportError) as error:
+        if "[Errno 2]" in str(error):  # of its several lines, the one that names the file
+            error = f"{str(error).splitlines()[-1].strip()}; name a file of {os.path.dirname(default)}"
+        sys.exit(f"Error: --config: {error}")
+
+
 @contextlib.contextmanager
-def one_sentence(flags: argparse.Namespace, **names: str) -> Iterator[None]:
+def one_sentence(arguments: argparse.Namespace, **names: str) -> Iterator[None]:
     """An error of the user's ends the command in one sentence and status 1, and names what the user wrote.
 
     A field of the config is the command's flag where it has one of that name: config.data_dir is --data_dir here;
     names: other names, by field, such as dataset="NAME" for a positional argument.
     """
-    words = {name: f"--{name}" for name in vars(flags)} | names
+    words = {name: f"--{name}" for name in vars(arguments)} | names
     try:
         yield
     except (ValueError, OSError, ImportError, MemoryError) as error:

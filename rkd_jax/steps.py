@@ -192,7 +192,7 @@ def make_train_step(
         ]
         views = jax.lax.optimization_barrier(views)  # else XLA may fuse the augmentation into each that reads it
         teachers: list[Any] = [None] * num_views
-        resume_teacher = functools.partial(models.resume, teacher, inputs.teacher, jnp.zeros(views[0].shape))
+        resume_teacher = functools.partial(models.resume, teacher, inputs.teacher) if teacher else None
         if any(learner.method.needs_teacher for learner in learners):
             normalized = augment.normalize(jnp.concatenate(views), *recipe.teacher_normalization)
             outputs = jax.lax.stop_gradient(teacher.apply(inputs.teacher, normalized, train=False))
@@ -260,7 +260,7 @@ def _update(
     batch: dict[str, jax.Array],
     views: Sequence[jax.Array],
     teachers: Sequence[models.Outputs | None],
-    resume_teacher: Callable[..., models.Outputs],
+    resume_teacher: Callable[..., models.Outputs] | None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of one student, from its normalised views and the teacher's outputs on them."""
     method, num_views = learner.method, len(views)
@@ -271,8 +271,8 @@ def _update(
         step=state.step,
         epoch=state.step / recipe.steps_per_epoch,
         progress=state.step / recipe.num_steps,
-        resume_teacher=functools.partial(resume_teacher, train=True),
     )
+    blank = jnp.zeros_like(views[0])  # for resumed networks, which use its shape alone
 
     def forward(params, batch_stats, view, rng):
         variables = {"params": params["student"], "batch_stats": batch_stats}
@@ -296,11 +296,13 @@ def _update(
 
     def terms_of(params, method_state, student, target, i):
         variables = {"params": params["student"], "batch_stats": state.batch_stats}
-        resume = functools.partial(models.resume, learner.network, variables, jnp.zeros_like(views[0]))
-        dropout = {"dropout": jax.random.fold_in(rng, i)}  # of this view: what is on in the student is on here
+        resume_student = functools.partial(models.resume, learner.network, variables)
+        # Dropout of this view: what is on in the student is on here.
+        options = {"images": blank, "train": True, "rngs": {"dropout": jax.random.fold_in(rng, i)}}
         where = context._replace(
             rng=jax.random.fold_in(rng, num_views + i),
-            resume_student=functools.partial(resume, train=True, rngs=dropout),
+            resume_student=functools.partial(resume_student, **options),
+            resume_teacher=resume_teacher and functools.partial(resume_teacher, **options),
         )
         return _returned(method, method.loss(params["method"], method_state, student, target, batch, where))
 

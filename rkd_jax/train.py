@@ -58,9 +58,9 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
 
     They may differ in the student, its seed, its method and its optimizer (see `OWN`), and share everything else,
     `data_seed` too. Each folder ends as `train_and_evaluate` would leave it, but for rounding where XLA compiles the
-    larger program in another way. Members that are finished are not run again; those that were interrupted at
-    different steps go on in groups. Returns the summaries, and raises as `train_and_evaluate` does; `Diverged` once
-    the others are finished.
+    larger program in another way, or a method that resumes the teacher (fcfd) keeps that of all from being folded.
+    Members that are finished are not run again; those that were interrupted at different steps go on in groups. Returns
+    the summaries, and raises as `train_and_evaluate` does; `Diverged` once the others are finished.
     """
     _devices.start()
     runs = [experiment.build(config) for config, _ in members]

@@ -4,6 +4,7 @@ tests/test_methods.py has what every method keeps. A method of this kind is name
 REFERENCES.
 """
 
+import dataclasses
 import functools
 import importlib
 import itertools
@@ -19,7 +20,7 @@ from test_train import assert_same, records
 
 from rkd_jax import experiment, methods, models, steps, train
 from rkd_jax.checkpoint import Checkpoints, load_network
-from rkd_jax.methods import _maps, crd, fitnets, norm
+from rkd_jax.methods import _maps, crd, fcfd, fitnets, norm
 from rkd_jax.models import LAST, Cuts, Outputs
 from rkd_jax.report import paper
 
@@ -37,6 +38,7 @@ MAPS = {  # [side, channels] from the stem on
     "smaller teacher": ((8, 4), (4, 6), (2, 8), (2, 12)),
     "larger teacher": ((8, 4), (8, 6), (8, 8), (4, 12)),
     "smallest teacher": ((8, 4), (4, 6), (2, 8), (1, 12)),
+    "activated student's teacher": ((8, 4), (4, 6), (4, 8), (4, 12)),
     "longer teacher": ((8, 4), (8, 7), (8, 6), (4, 8), (2, 12)),
 }
 Y, INDEX = np.array([0, 3, 5, 3], np.int32), np.array([7, 2, 0, 5], np.int32)
@@ -226,9 +228,16 @@ def reference_norm(m, params, s, t, resume_student, resume_teacher):
     here, there = x.shape[-1], target.shape[-1]
     target = F.max_pool2d(target, there // here) if there > here else target
     expanded = F.max_pool2d(expanded, here // there) if here > there else expanded
-    logits = F.layer_norm(resume_student(LAST, x)[0], (CLASSES,), eps=1e-7) * m["logit_scale"]
+    logits, ideal = (
+        F.layer_norm(x, (CLASSES,), eps=1e-7) * m["logit_scale"] for x in (resume_student(LAST, x)[0], t.logits)
+    )
     matched = F.mse_loss(expanded, target.repeat(1, m["segments"], 1, 1)) * m["segments"]
-    return {"label": m["alpha"] * F.cross_entropy(logits, torch.tensor(Y).long()), "maps": m["beta"] * 0.1 * matched}
+    found = {"label": m["alpha"] * F.cross_entropy(logits, torch.tensor(Y).long()), "maps": m["beta"] * 0.1 * matched}
+    return found | ({"distill": m["kd_weight"] * kd(logits, ideal, m["temperature"])} if m["kd_weight"] else {})
+
+
+def kd(logits, target, T):
+    return T**2 * F.kl_div((logits / T).log_softmax(1), (target / T).softmax(1), reduction="batchmean")
 
 
 def connect(x, like, activated, params):
@@ -243,11 +252,13 @@ def connect(x, like, activated, params):
 
 def reference_fcfd(m, params, s, t, resume_student, resume_teacher):
     """Paths as the released code counts them: by the stages that are the student's, from the front or the back."""
-    behind = len(t.cuts.maps) - len(s.cuts.maps)
-    last, T = len(s.cuts.maps) - 1, m["temperature"]
+    behind, last = len(t.cuts.maps) - len(s.cuts.maps), len(s.cuts.maps) - 1
+    if m["teacher_in_training"]:
+        logits, maps = resume_teacher(0, t.cuts.maps[0])
+        t = Outputs(logits, cuts=Cuts(maps, activated=False))
 
     def kl(logits):
-        return T**2 * F.kl_div((logits / T).log_softmax(1), (t.logits / T).softmax(1), reduction="batchmean")
+        return kd(logits, t.logits, m["temperature"])
 
     def compare(maps, first):
         total = 0
@@ -310,6 +321,9 @@ CASES = [(name, {}, "teacher") for name in sorted(FEATURES)] + [
     ("cat_kd", {"map_resolution": 3}, "larger teacher"),
     ("vid", {"initial_variance": 0.5}, "teacher"),
     ("norm", {}, "smallest teacher"),
+    ("norm", {"kd_weight": 2.0, "temperature": 3.0}, "teacher"),
+    ("fcfd", {"teacher_in_training": False, "extra_paths": 3}, "activated student's teacher"),
+    ("fcfd", {"teacher_in_training": False, "extra_paths": 4}, "longer teacher"),
     ("norm", {"alpha": 0.5, "beta": 2.0, "segments": 3, "logit_scale": 1.5}, "larger teacher"),
     *(("fcfd", {"extra_paths": count}, kind) for count, kind in enumerate((
         "larger teacher", "smaller teacher", "longer teacher", "teacher", "longer teacher"))),
@@ -333,6 +347,8 @@ def in_torch(tree):
 )
 def test_values_and_gradients_are_pytorchs(name, fields, kind):
     method, s, t = methods.create(name, **fields), S, outputs(1, MAPS[kind])
+    if kind == "activated student's teacher":
+        s, t = (side._replace(cuts=Cuts(side.cuts.maps, activated=side is s)) for side in (s, t))
     params, state = method.init(jax.random.key(0), shapes(s), shapes(t), EXAMPLES)
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
     batch = {"label": Y, "index": INDEX}
@@ -349,7 +365,7 @@ def test_values_and_gradients_are_pytorchs(name, fields, kind):
     own = jax.tree.map(lambda x: torch.tensor(np.asarray(x)).requires_grad_(), params)
     rests = [rest(2, MAPS["student"])[1], rest(3, MAPS[kind])[1]] if name in RESUMING else []
     expected = REFERENCES[name](methods.hyperparameters(method), own, theirs, in_torch(t), *rests)
-    label = fields.get("alpha", 1) * F.cross_entropy(theirs.logits, torch.tensor(Y).long())
+    label = methods.hyperparameters(method).get("alpha", 1) * F.cross_entropy(theirs.logits, torch.tensor(Y).long())
     expected.setdefault("label", label)
     sum(expected.values()).backward()
     assert {*found} == {*expected}
@@ -385,6 +401,24 @@ def test_resampling_is_pytorchs(size, side):
         (chosen, F.interpolate(x, (side, side + 1), mode="nearest")),
     ):
         np.testing.assert_allclose(found, expected.permute(0, 2, 3, 1), rtol=1e-12, atol=1e-12)
+
+
+@needs_torch
+@pytest.mark.parametrize(("channels", "features"), [(30, 200), (200, 30)])
+@pytest.mark.parametrize(("side", "to_side"), [(8, 16), (16, 8), (8, 8)])
+def test_fcfds_connector_starts_as_the_released_one(channels, features, side, to_side):
+    """He's initialisation by the outputs of a convolution, PyTorch's default of a transposed one."""
+    s, t = (jax.ShapeDtypeStruct((2, x, x, k), jnp.float32) for x, k in ((side, channels), (to_side, features)))
+    params = _maps.init(fcfd.connector(s, t, activated=True), jax.random.key(0), s)
+    (kernel,) = (x for x in jax.tree.leaves(params) if x.ndim == 4)
+    if to_side > side:
+        theirs = torch.nn.ConvTranspose2d(channels, features, 4).weight
+    else:
+        theirs = torch.nn.init.kaiming_normal_(
+            torch.nn.Conv2d(channels, features, 3).weight, mode="fan_out", nonlinearity="relu"
+        )
+    assert kernel.shape[0] == theirs.shape[-1]
+    np.testing.assert_allclose(kernel.std(), theirs.detach().numpy().std(), rtol=0.02)
 
 
 @needs_torch
@@ -493,9 +527,9 @@ def test_resumed_run_is_an_uninterrupted_one(name, two_stages, tmp_path, monkeyp
 
 
 def test_fcfds_paths_are_drawn_anew_and_as_many_as_asked_for():
-    method, (s, t) = methods.create("fcfd", extra_paths=2), jax.tree.map(np.float32, (S, T))
+    method, (s, t) = methods.create("fcfd", extra_paths=2, teacher_in_training=False), jax.tree.map(np.float32, (S, T))
     params, _ = method.init(jax.random.key(0), shapes(s), shapes(t), EXAMPLES)
-    alone = methods.create("fcfd", extra_paths=4)
+    alone = dataclasses.replace(method, extra_paths=4)
 
     def mixture(method, rng, skip=None):
         """The paths' term, without that of one path where `skip`, whose logits are the teacher's."""
@@ -555,6 +589,22 @@ def test_fcfds_teacher_is_not_folded(two_stages, tmp_path, monkeypatch):
     assert len(mixtures[0]) == 2
 
 
+def test_norms_weight_of_the_maps_goes_by_the_epoch():
+    method, (s, t) = methods.create("norm"), jax.tree.map(np.float32, (S, T))
+    params, state = method.init(jax.random.key(0), shapes(s), shapes(t), EXAMPLES)
+
+    def maps(epoch, part):
+        found = methods.create("norm", schedule_epochs=part)
+        return found.loss(params, state, s, t, {"label": Y, "index": INDEX}, where(0)._replace(epoch=epoch))[0]["maps"]
+
+    weights = {9.9: 0.1, 10: 0.5, 19.9: 0.5, 20: 1, 179.9: 1, 180: 0.5, 209.9: 0.5, 210: 0.1, 250: 0.1}
+    for part in (1.0, 0.1):
+        scaled = jit(functools.partial(maps, part=240 * part))
+        one = scaled(100.0 * part)
+        for epoch, weight in weights.items():
+            np.testing.assert_allclose(scaled(epoch * part + 1e-4) / one, weight, rtol=1e-5, err_msg=str(epoch))
+
+
 # NORM's layers, merged.
 
 
@@ -575,7 +625,7 @@ def test_norms_layers_merge_into_the_classifier(name):
         _, x = layers.apply({"params": params, "batch_stats": state}, plain.last_map, False)
         deployed = method.deploy(model, images, variables, params, state)
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.shape, b.shape), deployed, variables)
-        through = models.resume(model, variables, images, LAST, x)
+        through = models.resume(model, variables, LAST, x, images=images)
         return model.apply(deployed, images).logits, through.logits, plain.logits
 
     found, expected, before = logits(variables, params, state)
@@ -656,8 +706,8 @@ def terms_of(method, student, teacher, side):
     images, batch = jnp.zeros((2, side, side, 3)), {"label": jnp.zeros(2, jnp.int32), "index": jnp.arange(2)}
 
     def loss(s_variables, s, t_variables, t):
-        resume_student = functools.partial(models.resume, s_model, s_variables, images, train=True)
-        resume_teacher = functools.partial(models.resume, t_model, t_variables, images, train=True)
+        resume_student = functools.partial(models.resume, s_model, s_variables, images=images, train=True)
+        resume_teacher = functools.partial(models.resume, t_model, t_variables, images=images, train=True)
         now = context(0.0)._replace(resume_student=resume_student, resume_teacher=resume_teacher)
         params, state = method.init(jax.random.key(0), shapes(s), shapes(t), 10)
         method.deploy(s_model, images, s_variables, params, state)
@@ -687,8 +737,10 @@ def test_networks_without_maps_are_named(name):
     read = {"cat_kd": "class_maps", "crd": "embedding", "fcfd": "cuts", "ickd": "last_map", "norm": "last_map"}
     field = read.get(name, "features")
     bare, message = Outputs(S.logits), f"reads the student's {field}, and config.student returns none"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"^config\.method='{name}' {message}"):
         method.init(jax.random.key(0), shapes(bare), shapes(T), EXAMPLES)
+    with pytest.raises(ValueError, match=rf"^config\.inner='{name}' {message}"):
+        methods.create("dot", inner=name).init(jax.random.key(0), shapes(bare), shapes(T), EXAMPLES)
     field = {"norm": "features", "reviewkd": "preactivations"}.get(name, field)
     bare = T._replace(**{field: () if isinstance(getattr(T, field), tuple) else None})
     with pytest.raises(

@@ -3,6 +3,7 @@
 import functools
 import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -350,7 +351,7 @@ def test_resumed_network_is_the_rest_of_it(name):
             maps = {**dict(enumerate(outputs.cuts.maps)), models.LAST: outputs.last_map}
             images = jnp.concatenate([0 * images] * 2)
             return outputs, {
-                stage: models.resume(model, variables, images, stage, jnp.concatenate([x, jnp.sin(x)]))
+                stage: models.resume(model, variables, stage, jnp.concatenate([x, jnp.sin(x)]), images=images)
                 for stage, x in maps.items()
             }
 
@@ -373,7 +374,9 @@ def test_resumed_network_normalises_by_the_batch_in_training():
     model, images = models.create("resnet8", 10), images_for("resnet8", 4)
     variables = experiment.untrained(model, images.shape[1:])
     outputs, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    resumed, still = (models.resume(model, variables, images, 1, outputs.cuts.maps[1], train=t) for t in (True, False))
+    resumed, still = (
+        models.resume(model, variables, 1, outputs.cuts.maps[1], images=images, train=t) for t in (True, False)
+    )
     np.testing.assert_allclose(resumed.logits, outputs.logits, rtol=0, atol=1e-4 * np.abs(outputs.logits).max())
     assert np.abs(still.logits - outputs.logits).max() > 0.1 * np.abs(outputs.logits).max()
 
@@ -383,7 +386,7 @@ def test_resumed_network_keeps_its_dtype_and_its_gradient():
     variables = experiment.untrained(model, images.shape[1:])
 
     def loss(params, x):
-        outputs = models.resume(model, variables | {"params": params}, images, 2, x, train=True)
+        outputs = models.resume(model, variables | {"params": params}, 2, x, images=images, train=True)
         assert outputs.logits.dtype == x.dtype == jnp.float32
         return (outputs.logits**2).sum()
 
@@ -406,12 +409,29 @@ def test_classifier_makes_the_logits_of_the_average(name):
     assert layer["kernel"].shape[-2] == PUBLISHED[name][2]
 
 
+def test_resumed_network_drops_what_it_dropped():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, images, train=False):
+            x = models.Cut(1)(nn.relu(nn.Conv(4, (3, 3))(images)))
+            return models.Outputs(nn.Dense(5)(nn.Dropout(0.5, deterministic=not train)(x).mean((1, 2))), last_map=x)
+
+    images, options = images_for("resnet8", 2, side=8), {"train": True, "rngs": {"dropout": jax.random.key(1)}}
+    variables = Net().init(jax.random.key(0), images)
+    outputs, other = (Net().apply(variables, images, train=True, rngs={"dropout": jax.random.key(i)}) for i in (1, 2))
+    resumed = models.resume(Net(), variables, 1, outputs.last_map, images=images, **options)
+    np.testing.assert_array_equal(resumed.logits, outputs.logits)
+    assert np.abs(other.logits - outputs.logits).max() > 0.01
+
+
 def test_networks_without_a_cut_say_so(own):
     images = jnp.ones((2, 8, 8, 1))
     model = models.create("own_networks:outputs", 7)
     variables = model.init(jax.random.key(0), images)
-    with pytest.raises(ValueError, match=r"Adapter has no rkd_jax\.models\.Cut\(1\); put one there"):
-        models.resume(model, variables, images, 1, images)
+    with pytest.raises(
+        ValueError, match=r"network 'own_networks:outputs' has no rkd_jax\.models\.Cut\(1\); put one there"
+    ):
+        models.resume(model, variables, 1, images, images=images)
     with pytest.raises(ValueError, match=r"does not end with rkd_jax\.models\.Cut\(LAST\), the average over positions"):
         models.classifier(model, variables, images)
 
@@ -447,7 +467,8 @@ class Net(nn.Module):
         features = nn.relu(nn.Conv(4, (3, 3), name="stem")(images))
         embedding = features.mean((1, 2))
         logits = nn.Dense(self.num_classes + self.classes_too_many, name="head")(embedding)
-        return Outputs(logits, (features,), embedding) if self.full else logits
+        cuts = (features,) if self.full == "cuts" else None
+        return Outputs(logits, (features,), embedding, cuts=cuts) if self.full else logits
 
 class NoTrain(nn.Module):
     @nn.compact
@@ -461,6 +482,7 @@ class Pair(nn.Module):
 
 def logits(num_classes): return Net(num_classes)
 def outputs(num_classes, dtype): return Net(num_classes, full=True)
+def bare_cuts(num_classes): return Net(num_classes, full="cuts")
 def no_train(num_classes): return NoTrain()
 def wrong_classes(num_classes): return Net(num_classes, classes_too_many=1)
 def pair(num_classes): return Pair()
@@ -515,6 +537,7 @@ def test_own_network_without_embedding_has_no_tsne(own, tmp_path):
         ("own_networks:no_module", "returned a int; return a flax.linen.Module"),
         ("own_networks:no_classes", r"it is called as factory\(num_classes=7\)"),
         ("own_networks:wrong_classes", r"logits of shape \(2, 7\)"),
+        ("own_networks:bare_cuts", r"returned a tuple as cuts; return rkd_jax\.models\.Cuts\(maps"),
         ("own_networks:pair", r"returned a tuple for 2 images of 7 classes; return rkd_jax.models.Outputs"),
     ],
 )

@@ -82,14 +82,14 @@ def test_tiny_has_small_networks_for_every_pair():
 
 def test_plan_shares_what_cells_have_in_common():
     # A table's teachers and students alone are shared between its pairs; Tables 4 and 5 have cells of Table 1.
-    assert counts([1], 1) == (6 * 18, 5 + 6 + 6 * 16)
-    assert counts([1], 3) == (6 + 3 * 6 * 17, 5 + 3 * (6 + 6 * 16))
-    assert counts([2], 1) == (5 * 18, 4 + 3 + 5 * 16)
+    assert counts([1], 1) == (6 * 20, 5 + 6 + 6 * 18)
+    assert counts([1], 3) == (6 + 3 * 6 * 19, 5 + 3 * (6 + 6 * 18))
+    assert counts([2], 1) == (5 * 20, 4 + 3 + 5 * 18)
     assert counts([3], 1) == (2 * 9, 1 + 2 + 2 * 7)
     assert counts([4], 1) == (6, 6 + 1)  # and the teacher
     assert counts([5], 1) == (10, 10 + 2)
-    assert counts([1, 4, 5], 1, pairs=[PAIR]) == (18 + 3 + 4, 18 + 3 + 4)
-    assert counts(EVERY, 1, "smoke") == (227, 28)
+    assert counts([1, 4, 5], 1, pairs=[PAIR]) == (20 + 3 + 4, 20 + 3 + 4)
+    assert counts(EVERY, 1, "smoke") == (249, 30)
     assert counts(EVERY, 1, names=["cross_entropy"]) == (13, 11)  # no teacher is asked for
 
 

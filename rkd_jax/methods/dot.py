@@ -9,6 +9,7 @@ does not reach have the optimizer's plain momentum, as in the released code: of 
 student's classifier and what the method trains for itself.
 """
 
+import contextlib
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
@@ -42,16 +43,28 @@ class Method(base.Distiller):
         return self.inner.resumes_teacher
 
     def init(self, *args):
-        return self.inner.init(*args)
+        with named_inner():
+            return self.inner.init(*args)
 
     def loss(self, *args):
-        return self.inner.loss(*args)
+        with named_inner():
+            return self.inner.loss(*args)
 
     def deploy(self, *args):
-        return self.inner.deploy(*args)
+        with named_inner():
+            return self.inner.deploy(*args)
 
     def wrap_optimizer(self, tx):
         return two_momenta(self.inner.wrap_optimizer(tx), self.delta)
+
+
+@contextlib.contextmanager
+def named_inner():
+    """The inner method's errors name the field that chose it."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("config.method=", "config.inner=")) from error
 
 
 class State(NamedTuple):

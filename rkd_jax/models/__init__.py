@@ -151,7 +151,13 @@ class Adapter(nn.Module):
                 f"network {self.name_given!r} returned {what} for {count} images of {self.num_classes} classes; "
                 f"return rkd_jax.models.Outputs, or logits of shape ({count}, {self.num_classes})"
             )
-        return Outputs.of(*found) if isinstance(found, Outputs) else Outputs.of(found)
+        outputs = Outputs.of(*found) if isinstance(found, Outputs) else Outputs.of(found)
+        if not isinstance(outputs.cuts, Cuts | None):
+            kind = type(outputs.cuts).__name__
+            raise ValueError(
+                f"network {self.name_given!r} returned a {kind} as cuts; return rkd_jax.models.Cuts(maps, ...)"
+            )
+        return outputs
 
 
 def _own(name: str, num_classes: int, dtype: Any, field: str) -> nn.Module:

@@ -9,7 +9,7 @@ import jax
 from rkd_jax.models.layers import LAST, Cut
 
 
-def resume(model: nn.Module, variables: Any, images: Any, stage: int, x: jax.Array, **options: Any) -> Any:
+def resume(model: nn.Module, variables: Any, stage: int, x: jax.Array, *, images: Any, **options: Any) -> Any:
     """What a network makes of `x` in place of its own map of `stage`: its Outputs, whose later maps are of `x`.
 
     With the options of `model.apply`, train=True for one; the running averages stay as they are. `images` are like
@@ -29,7 +29,7 @@ def resume(model: nn.Module, variables: Any, images: Any, stage: int, x: jax.Arr
     with nn.intercept_methods(replace):
         outputs, _ = model.apply(variables, images, mutable=["batch_stats"], **options)
     if not put:
-        raise ValueError(f"{type(model).__name__} has no rkd_jax.models.Cut({_name(stage)}); put one there")
+        raise ValueError(f"{_called(model)} has no rkd_jax.models.Cut({_name(stage)}); put one there")
     return outputs
 
 
@@ -51,10 +51,14 @@ def classifier(model: nn.Module, variables: Any, images: Any) -> tuple[str, ...]
         jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
     if len(after) != 2 or not isinstance(after[1], nn.Dense | nn.Conv):
         raise ValueError(
-            f"{type(model).__name__} does not end with rkd_jax.models.Cut({_name(LAST)}), the average over positions, "
+            f"{_called(model)} does not end with rkd_jax.models.Cut({_name(LAST)}), the average over positions, "
             "and one flax.linen.Dense; let it"
         )
     return after[1].path
+
+
+def _called(model: nn.Module) -> str:
+    return f"network {getattr(model, 'name_given', type(model).__name__)!r}"
 
 
 def _name(stage: int) -> str:

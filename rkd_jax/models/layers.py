@@ -164,7 +164,7 @@ def head(x: jax.Array, num_classes: int, name: str, std: float | None = None) ->
     kernel_init = torch_default if std is None else nn.initializers.normal(std)
     bias_init = torch_default_bias(x.shape[-1]) if std is None else nn.initializers.zeros
     classifier = nn.Dense(num_classes, kernel_init=kernel_init, bias_init=bias_init, name=name)
-    x = full_precision(Cut(LAST)(x))
+    x = Cut(LAST)(full_precision(x))
     embedding = x.mean((1, 2))
     logits, weights = classifier(embedding), classifier.variables["params"]
     return logits, embedding, x @ weights["kernel"] + weights["bias"], x

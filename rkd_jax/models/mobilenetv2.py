@@ -120,7 +120,7 @@ class MobileNetV2At64(nn.Module):
                 features.append(x)
                 preactivations.append(x)
         last = Cut(4)(_biased_conv_bn(x, train, 1280, ("conv1_0", "conv1_1"), kernel=1))
-        x = layers.full_precision(Cut(layers.LAST)(nn.relu6(last)))
+        x = Cut(layers.LAST)(layers.full_precision(nn.relu6(last)))
         embedding = x.mean((1, 2))
         bias_init = layers.torch_default_bias(1280)
         logits = layers.conv(

@@ -1,7 +1,8 @@
 """The paper's Tables 1 to 5 (Lu et al., ICIC 2025), as data: top-1 in percent.
 
 Every number here is the paper's, none is ours. A row names the cell of ours that stands beside it (see `cells`), or
-none where the method is not in this project; "-" is a number that the paper does not give.
+none where the method is not in this project; "-" is a number that the paper does not give. The numbers beside NORM are
+those of its authors for NORM+KD, whose weight of KD they do not give: 1 is ours.
 """
 
 from typing import NamedTuple
@@ -62,8 +63,8 @@ TABLES = (
             CRD           | crd               | 71.16 75.51 75.48 74.14 73.94 73.48
             CAT-KD        | cat_kd            | 71.05 76.91 75.60 74.82 74.65 73.62
             ReviewKD      | reviewkd          | 71.89 75.63 76.12 75.09 74.84 73.89
-            NORM          |                   | 71.61 76.98 76.26 75.42 74.46 73.95
-            FCFD          |                   | 71.96 76.62 76.43 75.46 75.22 -
+            NORM          | norm-kd_weight=1  | 71.61 76.98 76.26 75.42 74.46 73.95
+            FCFD          | fcfd              | 71.96 76.62 76.43 75.46 75.22 -
             KD            | kd                | 70.66 73.33 74.92 73.54 72.98 73.08
             TAKD          | takd              | 70.83 73.81 75.12 73.78 73.23 73.37
             CTKD          | ctkd              | 71.19 73.79 75.45 73.93 73.52 73.52
@@ -90,8 +91,8 @@ TABLES = (
             CRD           | crd               | 75.65 69.63 69.11 76.05 75.11
             CAT-KD        | cat_kd            | 78.41 69.13 71.36 77.35 78.26
             ReviewKD      | reviewkd          | 77.78 70.37 69.89 77.14 77.45
-            NORM          |                   | 78.32 69.38 71.17 77.63 77.79
-            FCFD          |                   | 78.18 70.65 71.00 77.99 78.12
+            NORM          | norm-kd_weight=1  | 78.32 69.38 71.17 77.63 77.79
+            FCFD          | fcfd              | 78.18 70.65 71.00 77.99 78.12
             KD            | kd                | 74.45 67.37 67.35 74.83 74.07
             TAKD          | takd              | 74.82 67.91 68.02 75.34 74.53
             CTKD          | ctkd              | 75.31 68.46 68.47 75.78 74.48
