@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 
@@ -93,6 +94,7 @@ def test_ablation_of_the_docs_is_that_of_results(path):
     [
         ("fair_ablation_resnet20", ("cross_entropy", "kd", "ranking_alignment, eps 1")),
         ("fair_ablation_resnet20_seed1", ("kd", "ranking_alignment, eps 1")),
+        ("fair_ablation_resnet20_seed2", ("kd", "ranking_alignment, eps 1")),
     ],
 )
 def test_ablation_of_the_readme_is_that_of_results(record, names):
@@ -100,3 +102,17 @@ def test_ablation_of_the_readme_is_that_of_results(record, names):
     text = " ".join((ROOT / "README.md").read_text().split())
     for name in names:
         assert f"{rows[name]['mean_last']:.2f} % by {name.removesuffix(', eps 1')}" in text
+
+
+def test_mean_over_the_ablations_seeds_is_that_of_results():
+    paths = [ROOT / "results" / f"fair_ablation_resnet20{seed}.json" for seed in ("", "_seed1", "_seed2")]
+    rows = [json.loads(path.read_text())["rows"] for path in paths]
+    kd, ours = ([row[name]["mean_last"] for row in rows] for name in ("kd", "ranking_alignment, eps 1"))
+    ahead = [b - a for a, b in zip(kd, ours, strict=True)]
+    text = " ".join((ROOT / "docs" / "findings.md").read_text().split())
+    for name, values in (("kd", kd), ("ranking_alignment at eps 1", ours)):
+        assert f"{name} {statistics.mean(values):.2f} ({'standard deviation ' * (name == 'kd')}" in text
+        assert f"{statistics.stdev(values):.2f})" in text
+    assert "ahead by {:.2f}, {:.2f} and {:.2f} points".format(*ahead) in text
+    error = statistics.stdev(ahead) / len(ahead) ** 0.5
+    assert f"{statistics.mean(ahead):.2f} in the mean with a standard error of {error:.2f}" in text
