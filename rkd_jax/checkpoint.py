@@ -75,7 +75,8 @@ def read_metadata(path: str | os.PathLike, field: str = "config.teacher_checkpoi
         what = " is not set" if not given else f"={given!r} holds no network (no metadata.json)"
         raise FileNotFoundError(
             f"{field}{what}. Convert a PyTorch checkpoint with `python -m rkd_jax.convert --model NAME --checkpoint "
-            "FILE --output DIR`, or train one with a config of configs/teachers/ and name its WORKDIR/best."
+            "FILE --output DIR` (docs/teachers.md has addresses), or train one with a config of configs/teachers/ and "
+            "name its WORKDIR/best."
         )
     try:
         metadata = json.loads((path / "metadata.json").read_text())

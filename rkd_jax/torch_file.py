@@ -10,6 +10,7 @@ import math
 import os
 import pickle
 import struct
+import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ def load(path: str | os.PathLike) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {str(path)!r}; name an existing PyTorch or safetensors file")
     try:
+        _check_not_tar(path)
         with path.open("rb") as file:
             read = _load_zip if zipfile.is_zipfile(file) else _load_legacy
             file.seek(0)
@@ -184,6 +186,15 @@ class _Unpickler(pickle.Unpickler):
     @staticmethod
     def _no_storage(key: Any) -> Any:
         raise _Refused(f"is damaged: a storage {key!r} where there can be none")
+
+
+def _check_not_tar(path: Path) -> None:
+    """Zip files may follow anything: the last of an archive's would be read as if it were the whole."""
+    if tarfile.is_tarfile(path):
+        with tarfile.open(path) as archive:
+            names = [member.name for member in archive if member.isfile()]
+        if names:  # else the file is of zeros
+            raise _Refused(f"is a tar archive; unpack it (tar xf) and name a file of it: {', '.join(names[:8])}")
 
 
 def _load_zip(file: BinaryIO, size: int) -> Any:

@@ -2,6 +2,7 @@
 
 import collections
 import pickle
+import tarfile
 import zipfile
 
 import jax
@@ -233,6 +234,19 @@ def test_refuses_other_zip_files(tmp_path):
         archive.writestr("readme", "")
     with pytest.raises(ValueError, match="but not one of torch"):
         torch_file.load(tmp_path / "y.zip")
+
+
+@FORMATS
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_refuses_an_archive_of_teachers(tmp_path, zipped, mode):
+    save({"model": state_dict()}, tmp_path / "ckpt_epoch_240.pth", zipped)
+    with tarfile.open(tmp_path / "teachers.tar", mode) as archive:
+        archive.add(tmp_path / "ckpt_epoch_240.pth", "teachers/resnet8_vanilla/ckpt_epoch_240.pth")
+    with pytest.raises(ValueError, match=r"is a tar archive; .* name a file of it: teachers/resnet8_vanilla/ckpt"):
+        torch_file.load(tmp_path / "teachers.tar")
+    (tmp_path / "zeros.pth").write_bytes(bytes(10240))
+    with pytest.raises(ValueError, match=r"zeros.pth' is damaged"):
+        torch_file.load(tmp_path / "zeros.pth")
 
 
 @FORMATS

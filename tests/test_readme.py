@@ -1,5 +1,6 @@
 """What the README and the docs say: their Python runs, their commands and numbers are those of the project."""
 
+import importlib
 import json
 import re
 import statistics
@@ -10,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 from rkd_jax import runs
+from rkd_jax.report import paper
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -26,9 +28,28 @@ def test_python_of_the_readme_runs(block):
     assert "distil" not in block or losses[-1] < losses[0]
 
 
-def test_files_that_the_readme_names_exist():
-    for path in re.findall(r"\]\(([\w/.]+)\)", README) + re.findall(r"(configs/[\w/]+\.py)", README):
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_files_that_a_page_names_exist(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\(([\w/.]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for path in re.findall(r"(configs/[\w/]+\.py)", text):
         assert (ROOT / path).exists(), path
+
+
+def test_teachers_of_the_docs_are_those_of_the_paper():
+    page = (ROOT / "docs" / "teachers.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| \[configs/teachers/(\w+)\.py\].* \| ([\d.]+) \|$", page, re.MULTILINE)
+    published = {}
+    for table in paper.TABLES[:2]:
+        (numbers,) = (row.numbers for row in table.rows if row.cell == "teacher")
+        teachers = (paper.PAIRS[pair].split(" > ")[0] for pair in table.pairs)
+        published |= dict(zip(teachers, numbers, strict=True))
+    assert {name: float(number) for name, _, number in rows} == published
+    for name, config, _ in rows:
+        assert importlib.import_module(f"configs.teachers.{config}").get_config().student == name
 
 
 def test_numbers_of_the_readme_are_those_of_results():
