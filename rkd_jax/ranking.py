@@ -129,6 +129,7 @@ def _rank_jvp(primals, tangents):
 
 
 @jax.jit
+@jax.checkpoint  # which keeps the blocks for the gradient, and not the [n, n] mask of the form without loops
 def _block_mean(x, start, size):
     """Mean of x over each entry's block, which is linear in x and symmetric; three times [..., n] -> [..., n]."""
     return _by_platform(_block_mean_by_loops, _block_mean_by_hull, x, start, size)

@@ -212,6 +212,16 @@ def test_derivatives_of_a_vmap_are_those_of_the_batch(ranking, operator):
 
 
 @both_forms
+@pytest.mark.parametrize("operator", ["soft_rank", "soft_sort", "isotonic_l2"])
+def test_what_is_kept_for_the_gradient_grows_with_the_row(ranking, operator):
+    x = rows(50, np.float32)[:3]
+    _, pullback = jax.vjp(jax.jit(getattr(ranking, operator)), x)
+    kept = [leaf.size for leaf in jax.tree.leaves(pullback)]
+    assert 0 < max(kept) <= x.size
+    assert len(kept) < 6
+
+
+@both_forms
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0), (2, 1), (2, 3, 4)])
 def test_leading_shapes_and_empty_batches(ranking, shape):
     x = np.random.default_rng(6).normal(size=shape).astype(np.float32)
