@@ -499,6 +499,7 @@ def two_stages(tiny, two_stages_teacher):
     return lambda **fields: tiny(**pair | {"teacher_checkpoint": str(two_stages_teacher)} | fields)
 
 
+@pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize("name", ["crd", "fcfd", "norm"])
 def test_resumed_run_is_an_uninterrupted_one(name, two_stages, tmp_path, monkeypatch):
     """Of a method with parameters and a state: the same bits of both, too."""
@@ -564,6 +565,7 @@ def test_fcfd_asks_for_two_maps():
         methods.create("fcfd").init(jax.random.key(0), shapes(bare), shapes(T), EXAMPLES)
 
 
+@pytest.mark.usefixtures("fast_compile")
 def test_fcfds_teacher_is_not_folded(two_stages, tmp_path, monkeypatch):
     """Nor where it is shared with a method whose teacher is."""
     with pytest.raises(ValueError, match=r"config\.method='fcfd' trains through .*config\.fold_teacher=True"):
@@ -633,6 +635,7 @@ def test_norms_layers_merge_into_the_classifier(name):
     assert np.abs(before - expected).max() > 0.1 * np.abs(expected).max()
 
 
+@pytest.mark.usefixtures("fast_compile")
 def test_a_run_of_norm_leaves_a_plain_network_of_the_accuracy_that_it_says(two_stages, tmp_path):
     config = two_stages(method="norm", segments=2)
     summary = train.train_and_evaluate(config, tmp_path)

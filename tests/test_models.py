@@ -142,7 +142,7 @@ def test_training_equals_pytorch(name):
         params, stats = (jax.tree.map(np.float64, variables[kind]) for kind in ("params", "batch_stats"))
         model = models.create(name, 10, dtype=jnp.float64)
 
-        def loss(params):
+        def loss(params, stats, images):
             outputs, updates = model.apply(
                 {"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"]
             )
@@ -151,7 +151,7 @@ def test_training_equals_pytorch(name):
 
         (our_loss, (outputs, updates)), grads = jax.jit(
             jax.value_and_grad(loss, has_aux=True), compiler_options=FAST_COMPILE
-        )(params)
+        )(params, stats, images)
         ours = convert.to_torch({"params": grads, "batch_stats": updates["batch_stats"]}, name, 10)
     assert_outputs_close(outputs, theirs, tolerance=1e-6)
     np.testing.assert_allclose(our_loss, their_loss.item(), rtol=1e-6)
@@ -296,20 +296,22 @@ def test_folded_network_is_the_same_function(name):
 @pytest.mark.parametrize("name", TRAINING)
 def test_batches_side_by_side_are_batches_in_turn(name):
     """One call with an axis of batches, each normalised by its own statistics; float64, for rounding flips ReLUs."""
-    model, stacked = models.create(name, 10, jnp.float64), np.stack([images_for(name, 4), 2 * images_for(name, 4) + 1])
+    model, images = models.create(name, 10, jnp.float64), images_for(name, 4, side=16)
+    stacked = np.stack([images, 2 * images + 1])
     with jax.enable_x64(True):
         variables = jax.tree.map(np.float64, experiment.untrained(model, stacked.shape[2:]))
 
         @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
-        def train(stats, images):
-            inputs = variables | {"batch_stats": stats}
+        def train(params, stats, images):
+            inputs = {"params": params, "batch_stats": stats}
             outputs, updated = model.apply(inputs, images, train=True, mutable=["batch_stats"])
             return outputs.logits, updated["batch_stats"]
 
-        stats = before = variables["batch_stats"]
-        logits, after = jax.vmap(train, (None, 0))(stats, stacked.astype(np.float64))
-        for i, images in enumerate(stacked.astype(np.float64)):
-            expected, stats = train(stats, images)
+        params, stats = variables["params"], variables["batch_stats"]
+        before, stacked = stats, stacked.astype(np.float64)
+        logits, after = jax.vmap(train, (None, None, 0))(params, stats, stacked)
+        for i, images in enumerate(stacked):
+            expected, stats = train(params, stats, images)
             np.testing.assert_allclose(logits[i], expected, rtol=0, atol=1e-9 * np.abs(expected).max())
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), models.in_turn(before, after), stats
