@@ -72,9 +72,8 @@ class Method(base.Distiller):
             what = f"it has no {error.args[0][-1]}" if isinstance(error, KeyError) else error
             raise ValueError(f"config.method='norm' merges layers into config.student's classifier: {what}") from error
         features, channels = params["Dense_0"]["kernel"].shape[::-1]
-        rows = jnp.eye(channels + 1, channels, -1)[
-            :, None, None
-        ]  # 0, then each channel's unit: what is affine is known
+        # What is affine is known by what it makes of 0 and of each channel's unit.
+        rows = jnp.eye(channels + 1, channels, -1)[:, None, None]
         _, rows = Transform(features).apply({"params": params, "batch_stats": state}, rows, False)
         constant, rows = rows[0, 0, 0], rows[1:, 0, 0] - rows[0, 0, 0]
         merged = {
