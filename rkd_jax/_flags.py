@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import difflib
 import os
 import re
 import sys
@@ -26,10 +27,18 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
         argv = sys.argv = [argv[0], f"--config={default}", *argv[1:]]  # config_flags reads sys.argv
     try:
         arguments = app.parse_flags_with_usage(argv)
+        if config.value is None:
+            sys.exit("Error: --config: get_config() of that file returns nothing; end it with `return config`")
         config.value.to_dict()  # raises where the file cannot be read and no flag set a field of it
         return arguments
+    except SyntaxError as error:
+        sys.exit(f"Error: --config: {error.filename}, line {error.lineno}: {error.msg}")
     except (AttributeError, KeyError) as error:  # ml_collections' words come quoted, once for each of its layers
         words = str(error).replace("\\n", ". ").replace("\\", "").replace("'", "").strip('"')
+        words, _, others = words.partition(" Other fields present")
+        key = re.search(r'Key "(\w+)"', words)
+        near = difflib.get_close_matches(key[1], re.findall(r"(\w+): ", others), 1) if key else []
+        words += f" Did you mean {near[0]!r}?" if near else ""
         where = "all are in configs/default.py; one of a method of your own goes into your config file"
         sys.exit(f"Error: no such field of the config: {words} ({where})")
     except (ValueError, OSError, ImportError) as error:

@@ -72,11 +72,15 @@ def read_metadata(path: str | os.PathLike, field: str = "config.teacher_checkpoi
     """The metadata of a network folder; FileNotFoundError, naming the config's `field`, where there is none."""
     given, path = str(path), Path(path)
     if not given or not (path / "metadata.json").is_file():
+        if given and (path / "best" / "metadata.json").is_file():
+            best = str(path / "best")
+            raise FileNotFoundError(f"{field}={given!r} is a run's folder; name the network in it, {best!r}")
+        beside = "; config.compare=True trains one, too" if field == "config.teacher_checkpoint" else ""
         what = " is not set" if not given else f"={given!r} holds no network (no metadata.json)"
         raise FileNotFoundError(
             f"{field}{what}. Convert a PyTorch checkpoint with `python -m rkd_jax.convert --model NAME --checkpoint "
             "FILE --output DIR` (docs/teachers.md has addresses), or train one with a config of configs/teachers/ and "
-            "name its WORKDIR/best."
+            f"name its WORKDIR/best{beside}."
         )
     try:
         metadata = json.loads((path / "metadata.json").read_text())

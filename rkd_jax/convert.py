@@ -227,7 +227,7 @@ def _normalisation(args: argparse.Namespace, zoo: bool, num_classes: int, channe
     if kind is None or channels != 3:
         raise ValueError(
             f"a network of {num_classes} classes and {channels} channels is of no known data set; say how its training "
-            "images were normalised, of 0..1, by channel: --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25"
+            f"images were normalised, of 0..1, by channel: --mean{' 0.5' * channels} --std{' 0.25' * channels}"
         )
     mean, std = NORMALISATION[kind]
     return {"mean": list(mean), "std": list(std), "normalisation": kind}

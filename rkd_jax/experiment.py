@@ -82,7 +82,8 @@ class Fields:
     def at_least(self, name: str, least: float, most: float = float("inf")) -> Any:
         """The value of a number that must not be below `least`, nor above `most`."""
         if not (value := getattr(self, name)) >= least:  # NaN neither
-            raise ValueError(f"config.{name}={value} is too low; take {least} or more")
+            what = "is too low" if value < least else "is no number"
+            raise ValueError(f"config.{name}={value} {what}; take {least} or more")
         if value > most:
             raise ValueError(f"config.{name}={value} is too high; take {most} or less")
         return value

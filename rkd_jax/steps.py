@@ -134,10 +134,16 @@ def create_state(
     teacher_shapes = None
     if method.needs_teacher:
         teacher_shapes = jax.eval_shape(lambda v: teacher.apply(v, images, train=False), teacher_variables)
-    method_params, method_state = method.init(method_rng, student_shapes, teacher_shapes, num_examples)
+    initial = method.init(method_rng, student_shapes, teacher_shapes, num_examples)
+    method_params, method_state = _initialised(method, initial)
     params = {"student": variables["params"], "method": method_params}
     # What cannot be deployed is an error here, and not after the first epoch.
-    jax.eval_shape(functools.partial(method.deploy, student, images), variables, method_params, method_state)
+    deployed = jax.eval_shape(functools.partial(method.deploy, student, images), variables, method_params, method_state)
+    if difference := _difference(deployed, variables):
+        raise ValueError(
+            f"{methods.called(method)}.deploy returned {difference}; return the student's variables with other values, "
+            "of the same names, shapes and dtypes"
+        )
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -252,6 +258,47 @@ def _returned(method: Distiller, found: Any) -> tuple[dict[str, jax.Array], Any,
     return found
 
 
+def _initialised(method: Distiller, found: Any) -> tuple[Any, Any]:
+    """What a method's init returned; ValueError where it is not (parameters, state) as methods/base.py has them."""
+    returned = f"{methods.called(method)}.init returned"
+    if not isinstance(found, tuple | list) or len(found) != 2:
+        what = f"{len(found)} values" if isinstance(found, tuple | list) else f"a {type(found).__name__}"
+        raise ValueError(f"{returned} {what}; return two: what it trains, and the state that it carries, {{}} for none")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found[0]):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"{returned} the parameter {jax.tree_util.keystr(path)} of dtype {jnp.result_type(leaf)}, which cannot "
+                "be trained; make it a float, or return it in the state"
+            )
+    return found[0], found[1]
+
+
+def _difference(found: Any, expected: Any) -> str:
+    """Where a tree of arrays first differs from another in names, shapes and dtypes; "" where it does not."""
+
+    def described(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): f"{jnp.result_type(x)}{list(jnp.shape(x))}" for path, x in leaves}
+
+    ours, theirs = described(found), described(expected)
+    for path in {**theirs, **ours}:
+        if ours.get(path) != theirs.get(path):
+            return f"{path or 'a value'} as {ours.get(path, 'nothing')} in place of {theirs.get(path, 'nothing')}"
+    return ""
+
+
+def _resuming(method: Distiller, resume_teacher: Callable[..., models.Outputs]) -> Callable[..., models.Outputs]:
+    """`resume_teacher` for a method that says that it uses it: else the teacher may be folded, and resume to others."""
+
+    def refuse(*_, **__):
+        raise ValueError(
+            f"{methods.called(method)}.loss resumes the teacher, which its class does not say; set "
+            "resumes_teacher = True there, so that the teacher keeps its batch normalisation"
+        )
+
+    return resume_teacher if method.resumes_teacher else refuse
+
+
 def _update(
     learner: Learner,
     recipe: Recipe,
@@ -302,9 +349,15 @@ def _update(
         where = context._replace(
             rng=jax.random.fold_in(rng, num_views + i),
             resume_student=functools.partial(resume_student, **options),
-            resume_teacher=resume_teacher and functools.partial(resume_teacher, **options),
+            resume_teacher=resume_teacher and functools.partial(_resuming(method, resume_teacher), **options),
         )
-        return _returned(method, method.loss(params["method"], method_state, student, target, batch, where))
+        found = _returned(method, method.loss(params["method"], method_state, student, target, batch, where))
+        if difference := _difference(found[1], method_state):
+            raise ValueError(
+                f"{methods.called(method)}.loss returned the state with {difference}; return init's with other values, "
+                "of the same names, shapes and dtypes"
+            )
+        return found
 
     def objective(params):
         """The label term and the sum of the others, each reduced over the views, and everything else as auxiliary."""

@@ -271,9 +271,12 @@ class Diverged(FloatingPointError):
         first = students[0]
         where = "" if len(summaries) == 1 else f" of {', '.join(str(student.workdir) for student in students)}"
         kept = f"; {first.workdir} holds the run to before it, and another config needs another --workdir"
+        mend = "Lower config.learning_rate, or the weight of the method's loss"
+        if first.bad_step == 0:
+            mend = "Nothing had been learned yet: lower the weight of the method's loss, or look at its formula"
         super().__init__(
-            f"the loss or the update of step {first.bad_step}{where} is not finite. Lower config.learning_rate, or the "
-            f"weight of the method's loss{kept if _begun(first.workdir) else ''}"
+            f"the loss or the update of step {first.bad_step}{where} is not finite. "
+            f"{mend}{kept if _begun(first.workdir) else ''}"
         )
 
 

@@ -652,6 +652,24 @@ def test_a_run_of_norm_leaves_a_plain_network_of_the_accuracy_that_it_says(two_s
     assert {path[0].key for path, equal in jax.tree_util.tree_leaves_with_path(same) if not equal} == {"fc"}
 
 
+@pytest.mark.usefixtures("fast_compile")
+def test_gate_of_the_docs_is_merged_into_the_classifier(two_stages, tmp_path, monkeypatch):
+    (*_, block) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.DOTALL)
+    (tmp_path / "gated.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = two_stages(method="gated:Method")
+    summary = train.train_and_evaluate(config, tmp_path / "run")
+    variables, _ = load_network(tmp_path / "run" / "last", "small_network:two_stages", 10)
+    run = experiment.build(config)
+    template = steps.run_once(run.create_state, jax.random.key(0))
+    params = Checkpoints(tmp_path / "run" / "checkpoints").restore(template, 12)[0].params
+    gate = params["method"]["gate"]
+    assert np.abs(gate - 1).max() > 1e-4
+    np.testing.assert_allclose(variables["params"]["fc"]["kernel"], gate[:, None] * params["student"]["fc"]["kernel"])
+    evaluate = steps.make_eval_step(run.student, run.recipe.student_normalization)
+    assert steps.evaluate(evaluate, variables, *run.splits.test, 32)["top1"] == summary["last"]["top1"]
+
+
 def test_norm_names_what_it_cannot_merge_before_the_first_step(two_stages, tmp_path):
     (tmp_path / "own.py").write_text(NO_CUT)
     with pytest.MonkeyPatch.context() as patch:

@@ -725,6 +725,17 @@ def test_a_method_of_ones_own(tmp_path, monkeypatch, capsys):
         methods.load("my_methods:losses")
     with pytest.raises(ValueError, match=r"config.method='no_such:Method' cannot be imported: No module"):
         methods.load("no_such:Method")
+    parts = MINE.partition("@dataclasses")
+    for name, change, complaint in (
+        ("plain", ("@dataclasses.dataclass(frozen=True)", ""), "has 'strength', which is no field; write @dataclass"),
+        ("bare", (": float = 0.1", ": float"), "has 'strength' without a default; give it one"),
+        ("idle", ("def loss", "def lost"), "has no loss; write one"),
+        ("thawed", ("(frozen=True)", ""), ": thawed cannot be imported, mend it there: cannot inherit non-frozen"),
+        ("torn", ("class Method(", "class Method(("), ": torn cannot be imported, mend it there: "),
+    ):
+        (tmp_path / f"{name}.py").write_text(parts[0] + (parts[1] + parts[2]).replace(*change))
+        with pytest.raises(ValueError, match=rf"^config.method='{name}:Method'\s?{complaint}"):
+            methods.load(f"{name}:Method")
     with pytest.raises(ValueError, match=r"^config.inner='my_methods:losses' is no distillation method"):
         methods.create("dot", inner="my_methods:losses")
     with pytest.raises(ValueError, match=r"^config.inner='no_such:Method' cannot be imported"):

@@ -426,6 +426,13 @@ def test_resumed_network_drops_what_it_dropped():
     assert np.abs(other.logits - outputs.logits).max() > 0.01
 
 
+def test_a_map_of_another_shape_is_named():
+    model, images = models.create("resnet8", 10), images_for("resnet8", 2)
+    variables = experiment.untrained(model, images.shape[1:])
+    with pytest.raises(ValueError, match=r"'ResNet' was given a map of shape \(2, 3\) at Cut\(1\), where its own has"):
+        models.resume(model, variables, 1, jnp.zeros((2, 3)), images=images)
+
+
 def test_networks_without_a_cut_say_so(own):
     images = jnp.ones((2, 8, 8, 1))
     model = models.create("own_networks:outputs", 7)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,8 @@ class Probe(base.Distiller):
 @dataclasses.dataclass(frozen=True)
 class Resumer(base.Distiller):
     """Learns from what the student makes of a map of ones alone."""
+
+    resumes_teacher = True
 
     def loss(self, params, state, student, teacher, batch, context):
         again = context.resume_student(1, student.cuts.maps[1]).logits
@@ -274,6 +277,56 @@ def test_what_a_loss_cannot_return_is_named(tiny, one_batch):
     with pytest.raises(ValueError, match=r"^dot of test_steps:Returns\.loss returned the term 'label'"):
         traced(lambda ce: ({"label": ce}, {}, {}), inner=True)
     assert traced(lambda ce: [{"label": ce.mean(), "zero": 0.0}, {}, {"one": 1}])["one"].shape == ()
+    with pytest.raises(ValueError, match=r"^test_steps:Returns\.loss returned the state with \['n'\] as float32\[8\]"):
+        traced(lambda ce: ({"label": ce.mean()}, {"n": ce}, {}))
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(Probe):
+    """Trains and deploys what it is told to."""
+
+    initial: Any = ({}, {})
+    deployed: Callable = lambda variables: variables
+
+    def init(self, *_):
+        return self.initial
+
+    def deploy(self, network, images, variables, params, state):
+        return self.deployed(variables)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"initial": {"w": 1.0}}, "init returned a dict; return two: what it trains, and the state that"),
+        ({"initial": ({}, {}, {})}, "init returned 3 values; return two"),
+        ({"initial": ({"w": np.arange(3)}, {})}, r"init returned the parameter \['w'\] of dtype int\d+, which cannot"),
+        (
+            {"deployed": lambda v: v["params"]},
+            r"deploy returned \['batch_stats'\].* as nothing in place of float32",
+        ),
+        ({"deployed": lambda v: None}, "deploy returned .* as nothing in place of"),
+        (
+            {"deployed": lambda v: v | {"more": np.float32(1)}},
+            r"deploy returned \['more'\] as float32\[\] in place",
+        ),
+    ],
+)
+def test_what_init_and_deploy_cannot_return_is_named(tiny, fields, complaint):
+    with pytest.raises(ValueError, match=rf"^test_steps:Own\.{complaint}"):
+        prepare(tiny(), Own(**fields))
+
+
+def test_a_method_that_resumes_the_teacher_says_so(resnets):
+    @dataclasses.dataclass(frozen=True)
+    class Silent(Resumer):
+        resumes_teacher: ClassVar[bool] = False
+
+    run, state, inputs, _ = prepare(resnets(), Resumer())
+    learner = run.learner._replace(method=Silent())
+    step = steps.make_train_step([learner], run.teacher, run.recipe, steps.data_mesh(8))
+    with pytest.raises(ValueError, match=r"Silent\.loss resumes the teacher, .*; set resumes_teacher = True"):
+        jax.eval_shape(step, (state,), inputs, steps.epoch_order(RNG, 0, 64))
 
 
 def test_first_bad_step_is_kept(tiny):

@@ -290,7 +290,7 @@ def test_finished_run_is_not_run_again(tiny, finished, capsys):
         ({"teacher": "resnet20"}, "config.teacher_checkpoint=.* holds a small_network:create, not a resnet20"),
         ({"num_steps": 0}, "config.num_steps=0 is too low"),
         ({"learning_rate": -0.1}, "config.learning_rate=-0.1 is too low"),
-        ({"learning_rate": float("nan")}, "config.learning_rate=nan is too low"),
+        ({"learning_rate": float("nan")}, "config.learning_rate=nan is no number"),
         ({"momentum": -0.9}, "config.momentum=-0.9 is too low"),
         ({"momentum": 1.0}, "config.momentum=1.0 is too high; take 0.9999 or less"),
         ({"decay_factor": -0.1}, "config.decay_factor=-0.1 is too low"),
@@ -326,8 +326,15 @@ def test_misspelt_field_suggests_the_right_one(tiny):
 
 
 def test_teacher_that_is_not_there(tiny, tmp_path):
-    for path, message in (("", " is not set"), (str(tmp_path / "none"), "=.*none' holds no network")):
-        with pytest.raises(FileNotFoundError, match=f"config.teacher_checkpoint{message}.*rkd_jax.convert"):
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "metadata.json").write_text("{}")
+    mend = ".*rkd_jax.convert .*; config.compare=True trains one, too"
+    for path, message in (
+        ("", f" is not set{mend}"),
+        (str(tmp_path / "none"), f"=.*none' holds no network{mend}"),
+        (str(tmp_path / "run"), "=.*run' is a run's folder; name the network in it, .*run/best'"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"config.teacher_checkpoint{message}"):
             experiment.build(tiny(teacher_checkpoint=path))
 
 
@@ -430,6 +437,28 @@ def test_main_reports_a_users_error_in_one_sentence(tmp_path, flag, message):
     assert "Traceback" not in result.stderr
     assert message in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:\n    return 1\n", "own.py, line 1: invalid syntax"),
+        ("def get_config():\n    digits.get_config()\n", "returns nothing; end it with `return config`"),
+        (
+            "def get_config():\n    config = digits.get_config()\n    config.metod = 'kd'\n    return config\n",
+            "Key \"metod\" does not exist and cannot be added since the config is locked. Did you mean 'method'? (all",
+        ),
+    ],
+)
+def test_a_wrong_config_file_is_one_sentence(tmp_path, text, message):
+    (tmp_path / "own.py").write_text("" if "(:" in text else "from configs import digits\n\n\n")
+    with (tmp_path / "own.py").open("a") as file:
+        file.write(text)
+    command = [sys.executable, "main.py", "--workdir", str(tmp_path / "run"), "--config", str(tmp_path / "own.py")]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode != 0
+    assert "Traceback" not in result.stderr
+    assert message in result.stderr
 
 
 def test_damaged_json_of_a_run_is_named(tmp_path):

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Mapping
 from typing import Any
@@ -34,8 +35,12 @@ def load(name: str, field: str = "config.method") -> type[Distiller]:
             method = getattr(importlib.import_module(module), attribute)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"{field}={name!r} cannot be imported: {error}; write it as module:Class") from error
+        except (SyntaxError, TypeError) as error:
+            raise ValueError(f"{field}={name!r}: {module} cannot be imported, mend it there: {error}") from error
         if not (isinstance(method, type) and issubclass(method, Distiller)):
             raise ValueError(f"{field}={name!r} is no distillation method; derive it from methods.Distiller")
+        if complaint := _complaint(method):
+            raise ValueError(f"{field}={name!r} {complaint}")
         return method
     if name not in names():
         raise ValueError(
@@ -43,6 +48,18 @@ def load(name: str, field: str = "config.method") -> type[Distiller]:
             "and module:Class for your own."
         )
     return importlib.import_module(f"{__name__}.{name}").Method
+
+
+def _complaint(method: type[Distiller]) -> str:
+    """What a class lacks to be a method, and the mend; "" where nothing."""
+    known = {field.name: field for field in dataclasses.fields(method)}
+    for name, kind in inspect.get_annotations(method).items():
+        if name not in known and "ClassVar" not in str(kind):
+            return f"has {name!r}, which is no field; write @dataclasses.dataclass(frozen=True) above the class"
+    for name, field in known.items():
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            return f"has {name!r} without a default; give it one"
+    return "has no loss; write one" if method.loss is Distiller.loss else ""
 
 
 def create(name: str, **fields: Any) -> Distiller:

@@ -16,13 +16,18 @@ def resume(model: nn.Module, variables: Any, stage: int, x: jax.Array, *, images
     those that x would be of, and only their shape matters: what is computed of them is not used, and dropped by jit.
 
     Raises:
-      ValueError: the network has no `Cut` of that stage.
+      ValueError: the network has no `Cut` of that stage, or x is of another shape than the map there.
     """
     put = []
 
     def replace(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
         if isinstance(context.module, Cut) and context.module.stage == stage:
             put.append(stage)
+            if x.shape != args[0].shape:
+                raise ValueError(
+                    f"{_called(model)} was given a map of shape {x.shape} at Cut({_name(stage)}), where its own has "
+                    f"{args[0].shape}"
+                )
             return x.astype(args[0].dtype)
         return call(*args, **kwargs)
 
