@@ -772,7 +772,7 @@ def test_the_documentation_is_up_to_date(capsys):
     table = capsys.readouterr().out.strip()
     page = (ROOT / "docs" / "methods.md").read_text()
     assert table in page, "write the output of `python -m rkd_jax.methods --markdown` into docs/methods.md"
-    _, example = re.findall(r"```python\n(.*?)```", page, re.DOTALL)  # the first: tests/test_feature_methods.py
+    _, example, _ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)  # the others: tests/test_feature_methods.py
     assert textwrap.dedent(example).strip() == MINE.strip()
 
 
