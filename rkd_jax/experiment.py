@@ -270,14 +270,9 @@ def check_variables(network: nn.Module, variables: Any, image_shape: tuple[int, 
     """ValueError, naming the first difference, where the arrays are not those that the network has for such images."""
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     expected = jax.eval_shape(network.init, jax.random.key(0), images)
-    shapes = [
-        {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (expected, variables)
-    ]
-    for name in sorted(set(shapes[0]) | set(shapes[1])):
-        want, have = (side.get(name, "nothing") for side in shapes)
-        if want != have:
-            raise ValueError(
-                f"{field} does not fit the network on images of {image_shape}: {name} is {have} in the checkpoint and "
-                f"{want} in the network"
-            )
+    if different := steps.difference(variables, expected, np.shape):
+        name, have, want = different
+        raise ValueError(
+            f"{field} does not fit the network on images of {image_shape}: {name} is {have} in the checkpoint and "
+            f"{want} in the network"
+        )

@@ -139,11 +139,7 @@ def create_state(
     params = {"student": variables["params"], "method": method_params}
     # What cannot be deployed is an error here, and not after the first epoch.
     deployed = jax.eval_shape(functools.partial(method.deploy, student, images), variables, method_params, method_state)
-    if difference := _difference(deployed, variables):
-        raise ValueError(
-            f"{methods.called(method)}.deploy returned {difference}; return the student's variables with other values, "
-            "of the same names, shapes and dtypes"
-        )
+    _check_like(deployed, variables, f"{methods.called(method)}.deploy returned the student's variables")
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -273,18 +269,25 @@ def _initialised(method: Distiller, found: Any) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-def _difference(found: Any, expected: Any) -> str:
-    """Where a tree of arrays first differs from another in names, shapes and dtypes; "" where it does not."""
+def difference(found: Any, expected: Any, form: Callable[[Any], Any]) -> tuple[str, Any, Any] | None:
+    """The first name of whose arrays `form` says different things in two trees, and the two; None where it is none."""
+    ours, theirs = (
+        {jax.tree_util.keystr(path): form(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (found, expected)
+    )
+    for name in sorted({*ours, *theirs}):
+        if (pair := tuple(side.get(name, "nothing") for side in (ours, theirs)))[0] != pair[1]:
+            return name, *pair
+    return None
 
-    def described(tree):
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path): f"{jnp.result_type(x)}{list(jnp.shape(x))}" for path, x in leaves}
 
-    ours, theirs = described(found), described(expected)
-    for path in {**theirs, **ours}:
-        if ours.get(path) != theirs.get(path):
-            return f"{path or 'a value'} as {ours.get(path, 'nothing')} in place of {theirs.get(path, 'nothing')}"
-    return ""
+def _check_like(found: Any, expected: Any, what: str) -> None:
+    """ValueError where a tree that a method returned has not the names, shapes and dtypes of another."""
+    if different := difference(found, expected, lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}"):
+        name, have, want = different
+        raise ValueError(
+            f"{what} with {name or 'the whole'} as {have} in place of {want}; return the same names, shapes and dtypes"
+        )
 
 
 def _resuming(method: Distiller, resume_teacher: Callable[..., models.Outputs]) -> Callable[..., models.Outputs]:
@@ -352,11 +355,7 @@ def _update(
             resume_teacher=resume_teacher and functools.partial(_resuming(method, resume_teacher), **options),
         )
         found = _returned(method, method.loss(params["method"], method_state, student, target, batch, where))
-        if difference := _difference(found[1], method_state):
-            raise ValueError(
-                f"{methods.called(method)}.loss returned the state with {difference}; return init's with other values, "
-                "of the same names, shapes and dtypes"
-            )
+        _check_like(found[1], method_state, f"{methods.called(method)}.loss returned the state")
         return found
 
     def objective(params):

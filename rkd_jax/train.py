@@ -273,7 +273,7 @@ class Diverged(FloatingPointError):
         kept = f"; {first.workdir} holds the run to before it, and another config needs another --workdir"
         mend = "Lower config.learning_rate, or the weight of the method's loss"
         if first.bad_step == 0:
-            mend = "Nothing had been learned yet: lower the weight of the method's loss, or look at its formula"
+            mend += ", or look at its formula, for nothing had been learned yet"
         super().__init__(
             f"the loss or the update of step {first.bad_step}{where} is not finite. "
             f"{mend}{kept if _begun(first.workdir) else ''}"

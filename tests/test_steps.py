@@ -303,12 +303,12 @@ class Own(Probe):
         ({"initial": ({"w": np.arange(3)}, {})}, r"init returned the parameter \['w'\] of dtype int\d+, which cannot"),
         (
             {"deployed": lambda v: v["params"]},
-            r"deploy returned \['batch_stats'\].* as nothing in place of float32",
+            r"deploy returned .* with \['batch_stats'\].* as nothing in place of float32",
         ),
         ({"deployed": lambda v: None}, "deploy returned .* as nothing in place of"),
         (
             {"deployed": lambda v: v | {"more": np.float32(1)}},
-            r"deploy returned \['more'\] as float32\[\] in place",
+            r"deploy returned .* with \['more'\] as float32\[\] in place",
         ),
     ],
 )

@@ -100,6 +100,7 @@ def test_same_seed_same_bits_other_seed_others(tiny, finished, tmp_path):
 
 SCRIPT = """
 import sys
+import types
 sys.path[:0] = [{root!r}, {tests!r}]
 from ml_collections import ConfigDict
 from rkd_jax import steps, train
@@ -214,6 +215,13 @@ def test_loss_that_is_not_finite_stops_and_names_the_step(tiny, tmp_path):
     assert kept[-1] == bad  # the state after `bad` steps, before the bad one
     restored, _ = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").restore(abstract_state(config))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
+
+
+@pytest.mark.parametrize(("step", "mend"), [(0, "loss, or look at its formula, for nothing had"), (1, "loss$")])
+def test_what_to_do_where_a_step_is_not_finite(tmp_path, step, mend):
+    student = types.SimpleNamespace(bad_step=step, workdir=tmp_path)
+    with pytest.raises(train.Diverged, match=rf"step {step} is not finite\. Lower config.learning_rate, or .*{mend}"):
+        raise train.Diverged([student], [None])
 
 
 def test_folder_in_which_nothing_was_saved_is_left_free(tiny, tmp_path):

@@ -41,7 +41,7 @@ def kd(student, teacher, labels):
     return 0.1 * F.cross_entropy(student, labels) + 0.9 * 16 * soft
 
 
-def train_in_torch(student, teacher, loss, images, labels, orders, rate, nesterov=False):
+def train_in_torch(student, teacher, loss, images, labels, orders, rate, nesterov):
     """Losses of STEPS steps on each batch as it is and mirrored."""
     optimizer = torch.optim.SGD(student.parameters(), rate, 0.9, weight_decay=WEIGHT_DECAY, nesterov=nesterov)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [EPOCH], DECAY)
