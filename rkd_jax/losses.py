@@ -70,7 +70,7 @@ def pearson(a: jax.Array, b: jax.Array, epsilon: float = 0.0) -> jax.Array:
     `epsilon` is added to the denominator, the product of the centred norms.
     """
     same_shape(a=a, b=b)
-    a, b = (x - x.mean(axis=-1, keepdims=True) for x in (promote(a), promote(b)))
+    a, b = _centred(a), _centred(b)
     scale = norm(a) * norm(b)
     return jnp.sum(a * b, axis=-1) / jnp.where(scale > 0, scale + epsilon, 1.0)
 
@@ -145,10 +145,16 @@ def label_first(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def standardize(logits: jax.Array) -> jax.Array:
     """(z - mean) / (std + 1e-7), std over C - 1; 0 where z is constant (Sun et al., 2024); [..., C] -> [..., C]."""
-    logits = promote(logits)
-    centred = logits - logits.mean(axis=-1, keepdims=True)
+    centred = _centred(logits)
     std = norm(centred)[..., None] / (logits.shape[-1] - 1) ** 0.5
     return centred / (std + 1e-7)
+
+
+def _centred(x: jax.Array) -> jax.Array:
+    """x less its mean over the last axis; without the largest first, rounding leaves something of a constant row."""
+    x = promote(x)
+    x = x - jax.lax.stop_gradient(x.max(axis=-1, keepdims=True))
+    return x - x.mean(axis=-1, keepdims=True)
 
 
 def norm(x: jax.Array) -> jax.Array:

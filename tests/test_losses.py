@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import FAST_COMPILE
 from sklearn.isotonic import isotonic_regression
 
 from rkd_jax import losses
@@ -114,7 +115,7 @@ def compiled(name):
     """(s, t) -> the loss of each example, and the gradients of their sum."""
     loss, _ = CASES[name]
     gradients = jax.grad(lambda s, t: loss(s, t).sum(), argnums=(0, 1))
-    return jax.jit(lambda s, t: (loss(s, t), gradients(s, t)))
+    return jax.jit(lambda s, t: (loss(s, t), gradients(s, t)), compiler_options=FAST_COMPILE)
 
 
 def numerical_gradient(function, x, h=1e-6):
@@ -152,7 +153,7 @@ def test_per_example_under_any_leading_axes():
 @pytest.mark.parametrize("name", CASES)
 def test_half_precision_is_computed_in_float32(name):
     s, t = jnp.bfloat16(S), jnp.bfloat16(T)
-    half = jax.jit(CASES[name][0])(s, t)
+    half = jax.jit(CASES[name][0], compiler_options=FAST_COMPILE)(s, t)
     gradients = jax.eval_shape(compiled(name), s, t)[1]
     full, _ = compiled(name)(s.astype(jnp.float32), t.astype(jnp.float32))
     assert half.dtype == jnp.float32
@@ -219,6 +220,17 @@ def test_what_is_left_out_does_not_count_however_large_it_is():
     for loss in (losses.kl, losses.soft_cross_entropy):
         np.testing.assert_allclose(loss(s, t, where=KEPT), loss(S, T, where=KEPT), rtol=1e-2, atol=1e-2)
     np.testing.assert_allclose(losses.label_kl(S - 1e4, T - 1e4, Y, Y), losses.label_kl(S, T, Y, Y), rtol=1e-2)
+
+
+@pytest.mark.parametrize("value", [0.1, -3.3, 1e4])
+@pytest.mark.parametrize("classes", [6, 7, 100])
+def test_constant_rows_leave_no_rounding_to_be_scaled_up(classes, value):
+    constant, other = jnp.full(classes, value), jnp.linspace(-2, 3, classes)
+    np.testing.assert_array_equal(losses.standardize(constant), np.zeros(classes))
+    assert losses.pearson(constant, constant) == losses.pearson(constant, other) == 0
+    of_constant, of_other = jax.grad(losses.pearson, (0, 1))(constant, other)
+    np.testing.assert_allclose(of_constant, other - other.mean(), atol=1e-6)
+    np.testing.assert_array_equal(of_other, np.zeros(classes))
 
 
 def test_pearson_is_0_where_a_side_is_constant_and_invariant_to_affine_maps():
