@@ -12,10 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 
 try:
-    from tensorboardX import SummaryWriter
-except ModuleNotFoundError:
-    SummaryWriter = None
-try:
     from tqdm import tqdm
 except ModuleNotFoundError:
     tqdm = None
@@ -42,7 +38,9 @@ class Writer:
         fresh.write_text("".join(kept))
         fresh.replace(path)
         self._file = path.open("a")
-        if SummaryWriter is None:
+        try:
+            from tensorboardX import SummaryWriter  # here: where torch is installed it imports that, for seconds
+        except ModuleNotFoundError:
             self._board = None
             _say_once("tensorboardX is not installed: no event files; metrics.jsonl has the same numbers")
         else:

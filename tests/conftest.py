@@ -1,6 +1,7 @@
 """What every test shares: where real data may lie, a compilation cache, and a run small enough for a test."""
 
 import functools
+import gc
 import os
 import tempfile
 import urllib.error
@@ -24,8 +25,18 @@ from configs import default
 from rkd_jax import checkpoint, data, models
 
 ROOT = Path(__file__).resolve().parents[1]
-FAST_COMPILE = {"xla_backend_optimization_level": 0}  # of jax.jit, for programs that run once or twice
+# Of jax.jit, for programs that run once or twice. With the first alone, what two programs both compute has the same
+# bits in both; with the second too, it has where they are one program.
+SAME_BITS = {"xla_backend_optimization_level": 0}
+FAST_COMPILE = SAME_BITS | {"xla_cpu_use_fusion_emitters": False}
+FAST_FLAGS = " ".join(f"--{name}={value}" for name, value in FAST_COMPILE.items())  # the same, as XLA_FLAGS
 REAL = ROOT.parent / "shared" / "data"  # real data, where this machine has it
+
+
+def pytest_collection_finish():
+    """Python looks for garbage less often: tracing makes many objects and no garbage, and took a quarter longer."""
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 50)
 
 
 @pytest.fixture
@@ -71,18 +82,29 @@ def small_teacher(tmp_path_factory):
 
 @pytest.fixture
 def fast_compile(monkeypatch):
-    """What jax.jit is given from here on compiles in two thirds of the time, and is slower to run."""
+    """What jax.jit is given from here on, in child processes too, compiles in half the time and runs slower."""
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=FAST_COMPILE))
+    jax.devices()  # XLA reads its flags once, and this process's are none
+    monkeypatch.setenv("XLA_FLAGS", FAST_FLAGS)
+
+
+@pytest.fixture
+def same_bits(fast_compile, monkeypatch):
+    """In place of fast_compile, a little slower: for runs by different programs that have to agree to the bit."""
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=SAME_BITS))
 
 
 @pytest.fixture
 def tiny(small_teacher):
-    """Makes configs of a run of seconds: one block > one block on 64 digits, 12 steps of 8 (8 steps an epoch)."""
+    """Makes configs of a run of seconds: one block > one block on 64 digits, 12 steps of 8 (8 steps an epoch).
+
+    By kd, whose step compiles in half the time of ranking_alignment's.
+    """
 
     def make(**fields):
         config = default.get_config()
         config.update(
-            dataset="digits", student="small_network:create", teacher="small_network:create",
+            dataset="digits", method="kd", student="small_network:create", teacher="small_network:create",
             teacher_checkpoint=str(small_teacher), views="weak", crop_padding=1, flip=False, num_train=64, num_test=40,
             batch_size=8, num_steps=12, log_every=3, eval_batch_size=32, learning_rate=0.01,
         )  # fmt: skip
@@ -97,3 +119,16 @@ def resnets(tiny, teacher):
     """Makes the configs of `tiny` for resnet8 > resnet8."""
     pair = {"student": "resnet8", "teacher": "resnet8", "teacher_checkpoint": str(teacher)}
     return lambda **fields: tiny(**pair | fields)
+
+
+@pytest.fixture(scope="session")
+def two_stages_teacher(tmp_path_factory):
+    """The folder of an untrained network of two stages for the digits."""
+    return untrained("small_network:two_stages", tmp_path_factory.mktemp("teacher") / "two_stages")
+
+
+@pytest.fixture
+def two_stages(tiny, two_stages_teacher):
+    """Makes the configs of `tiny` for networks of two stages."""
+    pair = dict.fromkeys(("student", "teacher"), "small_network:two_stages")
+    return lambda **fields: tiny(**pair | {"teacher_checkpoint": str(two_stages_teacher)} | fields)

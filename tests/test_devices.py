@@ -12,6 +12,8 @@ from conftest import ROOT
 from rkd_jax import _devices, evaluate, steps, train
 from rkd_jax.methods import cross_entropy
 
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
 HUGE = 1 << 46  # bytes that no machine has
 SAID = f"the device's memory does not suffice (Out of memory allocating {HUGE} bytes); "
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, untrained
+from conftest import ROOT
 from test_methods import FEATURES, context, jit
 from test_train import assert_same, records
 
@@ -485,18 +485,6 @@ def test_crds_negatives_are_of_other_classes_and_as_many_as_asked_for():
         assert len(set(label[row])) == classes - 1
     assert not (chosen[0] == chosen[1]).all()
     np.testing.assert_allclose(metrics["negatives"], chosen.sum(-1).mean())
-
-
-@pytest.fixture(scope="module")
-def two_stages_teacher(tmp_path_factory):
-    return untrained("small_network:two_stages", tmp_path_factory.mktemp("teacher") / "two_stages")
-
-
-@pytest.fixture
-def two_stages(tiny, two_stages_teacher):
-    """The configs of `tiny` for networks of two stages."""
-    pair = dict.fromkeys(("student", "teacher"), "small_network:two_stages")
-    return lambda **fields: tiny(**pair | {"teacher_checkpoint": str(two_stages_teacher)} | fields)
 
 
 @pytest.mark.usefixtures("fast_compile")

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import FAST_COMPILE, ROOT
+from conftest import FAST_FLAGS, ROOT
 
 from rkd_jax import processes, runs
 
@@ -35,11 +35,10 @@ def slow(tiny):
 
 def start(config, workdir, devices=1, where=""):
     script = SCRIPT.format(root=str(ROOT), where=where, config=config.to_dict(), workdir=str(workdir))
-    flags = {"xla_force_host_platform_device_count": devices, **FAST_COMPILE}
-    environment = os.environ | {"XLA_FLAGS": " ".join(f"--{name}={value}" for name, value in flags.items())}
+    flags = f"{FAST_FLAGS} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        cwd=ROOT,
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": flags},
     )  # fmt: skip
 
 

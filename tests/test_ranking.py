@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import FAST_FLAGS
 from jax.test_util import check_grads
 from sklearn.isotonic import isotonic_regression
 
@@ -151,6 +152,7 @@ def test_gradients_of_isotonic_l2_are_finite_differences(ranking):
         check_grads(jax.jit(ranking.isotonic_l2), (x,), order=1, modes=("fwd", "rev"), eps=1e-6)
 
 
+@pytest.mark.usefixtures("fast_compile")
 @both_forms
 def test_the_hessian_of_squared_ranks_is_twice_jacobian_squared(ranking):
     x = np.random.default_rng(4).normal(size=9)
@@ -172,6 +174,7 @@ def test_the_hessian_of_squared_ranks_is_twice_jacobian_squared(ranking):
                 np.testing.assert_allclose(hessian(x, eps), 2 * jacobian.T @ jacobian, atol=1e-10)
 
 
+@pytest.mark.usefixtures("fast_compile")
 @both_forms
 def test_vmap_of_values_strengths_and_gradients(ranking):
     x = rows(8, np.float32)[:3].reshape(3, 2, 4)
@@ -192,6 +195,7 @@ def test_vmap_of_values_strengths_and_gradients(ranking):
     np.testing.assert_allclose(jax.jit(jax.vmap(ranking.isotonic_l2))(x), jax.jit(ranking.isotonic_l2)(x), atol=1e-6)
 
 
+@pytest.mark.usefixtures("fast_compile")
 @both_forms
 @pytest.mark.parametrize("operator", ["soft_rank", "soft_sort", "isotonic_l2"])
 def test_derivatives_of_a_vmap_are_those_of_the_batch(ranking, operator):
@@ -221,6 +225,7 @@ def test_what_is_kept_for_the_gradient_grows_with_the_row(ranking, operator):
     assert len(kept) < 6
 
 
+@pytest.mark.usefixtures("fast_compile")
 @both_forms
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0), (2, 1), (2, 3, 4)])
 def test_leading_shapes_and_empty_batches(ranking, shape):
@@ -404,32 +409,26 @@ SHARDED = """
     found["control"] = re.findall(r"all-\\w+|reduce-scatter|collective-\\w+", program)
     print(json.dumps(found))
 """
-FUNCTIONS = ("gradient", "loss", "sort", "blocks")
 
 
-@pytest.fixture(scope="module")
-def sharded():
-    """What a child process with two CPU devices found."""
+def test_a_sharded_batch_costs_no_communication():
+    """In a child process with two CPU devices."""
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{FAST_FLAGS} --xla_force_host_platform_device_count=2",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(root),
     }
     command = [sys.executable, "-c", textwrap.dedent(SHARDED)]
     child = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr[-3000:]
-    return json.loads(child.stdout.splitlines()[-1])
-
-
-@pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("way", ["auto", "explicit", "shard_map", "pmap"])
-def test_a_sharded_batch_costs_no_communication(sharded, way, function):
-    assert sharded["control"]
-    found = sharded[f"{way} {function}"]
-    assert found["collectives"] == []
-    assert found["shards"] == 2
-    assert found["error"] < 1e-5
+    sharded = json.loads(child.stdout.splitlines()[-1])
+    assert sharded.pop("control")
+    ways, functions = ("auto", "explicit", "shard_map", "pmap"), ("gradient", "loss", "sort", "blocks")
+    assert {*sharded} == {f"{way} {function}" for way in ways for function in functions}
+    for name, found in sharded.items():
+        assert (found["collectives"], found["shards"]) == ([], 2), name
+        assert found["error"] < 1e-5, name
 
 
 # The statements of docs/soft_ranking.md, on a trained resnet56's logits of 64 CIFAR-100 test images.

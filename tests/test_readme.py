@@ -17,6 +17,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize("block", BLOCKS, ids=["distil", "rank"])
 def test_python_of_the_readme_runs(block):
     result = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, cwd=ROOT)

@@ -30,7 +30,7 @@ class Small(nn.Module):
 
 def test_comparison_trains_teacher_student_and_both(tiny, tmp_path, capsys):
     rows = runs.compare(tiny(teacher_checkpoint="", compare=True, num_steps=4), tmp_path / "run")
-    assert [row["method"] for row in rows] == ["cross_entropy", "cross_entropy", "ranking_alignment"]
+    assert [row["method"] for row in rows] == ["cross_entropy", "cross_entropy", "kd"]
     assert rows[2]["config"]["teacher_checkpoint"] == str(tmp_path / "run" / "teacher" / "last")
     assert len(json.loads((tmp_path / "run" / "comparison.json").read_text())["rows"]) == 3
     lines = capsys.readouterr().out.strip().splitlines()[-5:]
@@ -115,7 +115,7 @@ def test_folded_teacher_gives_the_same_losses(tiny, tmp_path):
     for fold in (False, True):
         runs.distil(tiny(num_steps=3, fold_teacher=fold), tmp_path / str(fold))
         lines.append([json.loads(x) for x in (tmp_path / str(fold) / "metrics.jsonl").read_text().splitlines()])
-    assert lines[0][0]["ranking"] == pytest.approx(lines[1][0]["ranking"], rel=1e-4)
+    assert lines[0][0]["distill"] == pytest.approx(lines[1][0]["distill"], rel=1e-4)
 
 
 def test_training_and_evaluating_never_import_tensorflow(tiny, tmp_path):
