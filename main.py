@@ -16,6 +16,7 @@ from rkd_jax import _flags, _memory, evaluate, processes, runs
 
 sys.path.append(os.getcwd())  # for a network or a method of one's own
 CONFIGS = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs"))
+EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError)
 FLAGS = flags.FLAGS
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; default: configs/digits.py.")
 WORKDIR = flags.DEFINE_string(
@@ -41,10 +42,12 @@ def main(argv):
             processes.initialize(DISTRIBUTED.value)
         name = os.path.splitext(name)[0] + ("-smoke" if CONFIG.value.get("smoke") else "")
         run(CONFIG.value, WORKDIR.value or os.path.join("runs", name))
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        if TRACEBACK.value:
+    except Exception as error:
+        foreseen, place = isinstance(error, EXPECTED), _flags.own_code(error)
+        if TRACEBACK.value or not (foreseen or place):
             raise
-        sys.exit(f"Error: {error}")
+        said = f"{error}" if foreseen else f"{type(error).__name__}: {error}"
+        sys.exit(f"Error: {said}" + (f"\n(in {place}; --traceback shows the way there)" if place else ""))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ import difflib
 import os
 import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 from absl import app, flags
 
@@ -45,6 +48,18 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
         if "[Errno 2]" in str(error):  # of its several lines, the one that names the file
             error = f"{str(error).splitlines()[-1].strip()}; name a file of {os.path.dirname(default)}"
         sys.exit(f"Error: --config: {error}")
+
+
+def own_code(error: Exception) -> str:
+    """The line that an error came through last of those in no package, "FILE, line N: CODE"; "" where there is none."""
+    here = Path(__file__).resolve().parent
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename).resolve()
+        packaged = any(folder in file.parents for folder in (here, Path(sysconfig.get_path("stdlib")).resolve()))
+        installed = {"site-packages", "dist-packages"} & {*file.parts}
+        if file.is_file() and not packaged and not installed and file != here.parent / "main.py":
+            return f"{os.path.relpath(file)}, line {frame.lineno}: {frame.line}"
+    return ""
 
 
 @contextlib.contextmanager

@@ -61,17 +61,14 @@ def losses(workdir):
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
-def test_two_devices_and_two_processes_give_the_losses_of_one(slow, tmp_path):
+def test_two_processes_give_the_losses_of_one(slow, tmp_path):
     runs.distil(slow(), tmp_path / "one")
-    (output,) = finish(start(slow(), tmp_path / "devices", devices=2))
-    assert "on 2 x cpu" in output
     outputs = finish(*start_two(slow(), tmp_path / "processes"))
     assert "on 2 x cpu" in outputs[0]
     assert "top-1" not in outputs[1]  # one of them speaks
     assert len(losses(tmp_path / "one")) == 20
-    for other in ("devices", "processes"):
-        np.testing.assert_allclose(losses(tmp_path / other), losses(tmp_path / "one"), rtol=1e-5)
-        assert (tmp_path / other / "last" / "metadata.json").exists()
+    np.testing.assert_allclose(losses(tmp_path / "processes"), losses(tmp_path / "one"), rtol=1e-5)
+    assert (tmp_path / "processes" / "last" / "metadata.json").exists()
     finish(*start_two(slow(stream=True), tmp_path / "streamed"))  # each process reads its rows
     np.testing.assert_array_equal(losses(tmp_path / "streamed"), losses(tmp_path / "processes"))
 
@@ -83,6 +80,7 @@ def test_batch_that_does_not_divide_among_the_devices(slow, tmp_path):
 
 
 def test_checkpoint_goes_on_with_other_devices(slow, tmp_path):
+    """And two devices give the losses of one."""
     runs.distil(slow(), tmp_path / "whole")
     process = start(slow(checkpoint_seconds=0.0), tmp_path / "run")
     for line in process.stdout:

@@ -92,11 +92,12 @@ def differ(*changes, **shared):
 
 
 SWEEPS = {
-    "lambdas": differ(*({"lam": lam} for lam in (0.1, 0.5, 1.0, 5.0, 10.0)), method="ranking_alignment"),
+    "weights": differ(*({"beta": beta} for beta in (0.1, 0.5, 1.0, 5.0, 10.0))),
     "methods": differ(
         {"method": "cross_entropy", "teacher_checkpoint": ""},
         {"method": "kd"},
         {"method": "ranking_alignment"},
+        {"method": "ranking_alignment", "lam": 1.0},
         views="both",
     ),
     "seeds and rates": differ({"seed": 0}, {"seed": 1, "learning_rate": 0.02}, data_seed=0),
@@ -165,11 +166,11 @@ def test_what_they_have_to_share_is_named(tiny, tmp_path, changes, message):
 
 
 def test_sweep_from_the_config(tiny, tmp_path, capsys):
-    config = tiny(method="ranking_alignment", sweep="lam=0.1,5 student=resnet8,resnet14", num_steps=2)
+    config = tiny(sweep="beta=0.1,5 student=resnet8,resnet14", num_steps=2)
     rows = runs.sweep(config, tmp_path / "sweep")
-    names = ["lam=0.1,student=resnet8", "lam=0.1,student=resnet14", "lam=5,student=resnet8", "lam=5,student=resnet14"]
+    names = [f"beta={beta},student={student}" for beta in ("0.1", "5") for student in ("resnet8", "resnet14")]
     assert [row["sweep"] for row in rows] == names
-    assert [row["config"]["lam"] for row in rows] == [0.1, 0.1, 5.0, 5.0]
+    assert [row["config"]["beta"] for row in rows] == [0.1, 0.1, 5.0, 5.0]
     assert len(json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rows"]) == 4
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-4:]] == names

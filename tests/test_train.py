@@ -15,7 +15,7 @@ import optax
 import pytest
 from conftest import ROOT
 
-from rkd_jax import checkpoint, evaluate, experiment, metrics, optim, steps, train
+from rkd_jax import _flags, checkpoint, evaluate, experiment, metrics, optim, steps, train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -446,6 +446,49 @@ def test_main_reports_a_users_error_in_one_sentence(tmp_path, flag, message):
     assert "Traceback" not in result.stderr
     assert message in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+BUGGY = """from rkd_jax import losses, methods
+
+
+class Method(methods.Distiller):
+    def loss(self, params, state, student, teacher, batch, context):
+        return {"label": self.label(student, batch)}, state, {}
+
+    def label(self, student, batch):
+        return LABEL
+"""
+
+
+@pytest.mark.parametrize(
+    ("label", "raised"),
+    [
+        ("student.logit.mean()", AttributeError),
+        ("(student.logits + batch['label']).mean()", ValueError),  # by jax
+        ("losses.cross_entropy(student.logits, None)", TypeError),  # by this package
+    ],
+)
+def test_an_error_in_code_of_ones_own_has_its_line(tiny, tmp_path, monkeypatch, label, raised):
+    name = f"buggy_{raised.__name__}"
+    (tmp_path / f"{name}.py").write_text(BUGGY.replace("LABEL", label))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(raised) as error:
+        train.train_and_evaluate(tiny(method=f"{name}:Method"), tmp_path / "run")
+    assert _flags.own_code(error.value) == f"{name}.py, line 9: return {label}"
+
+
+def test_main_names_the_line_in_code_of_ones_own(tmp_path):
+    (tmp_path / "buggy.py").write_text(BUGGY.replace("LABEL", "student.logit.mean()"))
+    flags = [f"--config.{side}=small_network:create" for side in ("student", "teacher")]
+    flags += ["--config.smoke", "--config.compare=False", "--config.method=buggy:Method"]
+    command = [sys.executable, ROOT / "main.py", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.endswith(
+        "Error: AttributeError: 'Outputs' object has no attribute 'logit'\n"
+        "(in buggy.py, line 9: return student.logit.mean(); --traceback shows the way there)\n"
+    )
 
 
 @pytest.mark.parametrize(
