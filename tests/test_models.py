@@ -299,7 +299,7 @@ def test_folded_network_is_the_same_function(name):
     assert cost[0] < cost[1]
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINING if name != "MobileNetV2_64x64"])  # as MobileNetV2
+@pytest.mark.parametrize("name", TRAINING)
 def test_batches_side_by_side_are_batches_in_turn(name):
     """One call with an axis of batches, each normalised by its own statistics; float64, for rounding flips ReLUs."""
     model, images = short(name), images_for(name, 4, side=16)

@@ -92,12 +92,11 @@ def differ(*changes, **shared):
 
 
 SWEEPS = {
-    "weights": differ(*({"beta": beta} for beta in (0.1, 0.5, 1.0, 5.0, 10.0))),
+    "lambdas": differ(*({"lam": lam} for lam in (0.1, 0.5, 1.0, 5.0, 10.0)), method="ranking_alignment"),
     "methods": differ(
         {"method": "cross_entropy", "teacher_checkpoint": ""},
         {"method": "kd"},
         {"method": "ranking_alignment"},
-        {"method": "ranking_alignment", "lam": 1.0},
         views="both",
     ),
     "seeds and rates": differ({"seed": 0}, {"seed": 1, "learning_rate": 0.02}, data_seed=0),
@@ -126,6 +125,7 @@ def test_interrupted_at_different_steps_they_go_on(tiny, tmp_path):
     tiny = functools.partial(tiny, method="ranking_alignment")
     train.train_and_evaluate(tiny(lam=0.1), folders[0.1])
     finished = records(folders[0.1])
+    assert {"ranking", "student_blocks", "teacher_blocks"} <= finished[0].keys()
     real, calls = steps.accumulate, []
 
     def accumulate(totals, new):
