@@ -130,6 +130,11 @@ def create_state(
     student_rng, method_rng = jax.random.split(jax.random.fold_in(rng, INIT))
     images = jnp.zeros((2, *image_shape), jnp.float32)
     variables = student.init(student_rng, images, train=False)
+    if others := sorted(set(variables) - {"params", "batch_stats"}):
+        raise ValueError(
+            f"config.student has variables {' and '.join(map(repr, others))}, and none but 'params' and 'batch_stats' "
+            "(in NNX: Param and BatchStat) are carried on and saved; keep what changes in those"
+        )
     student_shapes = jax.eval_shape(lambda v: student.apply(v, images, train=False), variables)
     teacher_shapes = None
     if method.needs_teacher:

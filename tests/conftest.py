@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import default
-from rkd_jax import checkpoint, data, models
+from rkd_jax import checkpoint, data, models, train
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of jax.jit, for programs that run once or twice. With the first alone, what two programs both compute has the same
@@ -92,6 +92,26 @@ def fast_compile(monkeypatch):
 def same_bits(fast_compile, monkeypatch):
     """In place of fast_compile, a little slower: for runs by different programs that have to agree to the bit."""
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=SAME_BITS))
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """Runs a config in a folder until it has logged a step, and stops it there, as Ctrl-C would."""
+
+    def run(config, workdir, step):
+        log = train.Student.log
+
+        def stop(self, done, totals, speed):
+            log(self, done, totals, speed)
+            if done == step:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Student, "log", stop)
+            with pytest.raises(KeyboardInterrupt):
+                train.train_and_evaluate(config, workdir)
+
+    return run
 
 
 @pytest.fixture

@@ -489,21 +489,11 @@ def test_crds_negatives_are_of_other_classes_and_as_many_as_asked_for():
 
 @pytest.mark.usefixtures("fast_compile")
 @pytest.mark.parametrize("name", ["crd", "fcfd", "norm"])
-def test_resumed_run_is_an_uninterrupted_one(name, two_stages, tmp_path, monkeypatch):
+def test_resumed_run_is_an_uninterrupted_one(name, two_stages, tmp_path, stopped):
     """Of a method with parameters and a state: the same bits of both, too."""
     config = two_stages(method=name, num_steps=8, checkpoint_seconds=0.0)
     whole = train.train_and_evaluate(config, tmp_path / "a")
-    log = train.Student.log
-
-    def stop(self, step, totals, speed):
-        log(self, step, totals, speed)
-        if step == 6:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train.Student, "log", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train.train_and_evaluate(config, tmp_path / "b")
-    monkeypatch.setattr(train.Student, "log", log)
+    stopped(config, tmp_path / "b", 6)
     resumed = train.train_and_evaluate(config, tmp_path / "b")
     assert resumed["last"] == whole["last"]
     template = steps.run_once(experiment.build(config).create_state, jax.random.key(0))

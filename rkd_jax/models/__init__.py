@@ -6,7 +6,7 @@
 >>> outputs, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
 
 A name with a form of its own for a size of image has it as NAME_64x64; `image_size=64` finds it. A network of your own
-is "my_module:factory", where factory(num_classes=...) returns a Flax module (see `create`).
+is "my_module:factory", where factory(num_classes=...) returns a Flax module, Linen or NNX (see `create`).
 """
 
 import dataclasses
@@ -83,8 +83,10 @@ def create(
     """The network of that name, case-insensitive; its `__call__(images, train=False)` returns `Outputs`.
 
     Args:
-      name: one of `names()`, or "my_module:factory" for your own: factory(num_classes=...) returns a Flax module,
-        called as module(images, train=...), that returns Outputs or logits [B, C]; it is given dtype if it takes one.
+      name: one of `names()`, or "my_module:factory" for your own: factory(num_classes=...) returns a Linen module,
+        called as module(images, train=...), or factory(num_classes=..., rngs=...) an NNX one, called as
+        module(images) after its train() or eval(), and with train=... where it takes that. What it returns are Outputs
+        or logits [B, C]. The factory, which may be the module's class, is given dtype if it takes one.
       num_classes: C.
       dtype: compute dtype, float32 or bfloat16; parameters, batch normalisation and all outputs are float32.
       image_size: side of the images, for the names that have a form of their own at that size.
@@ -169,13 +171,20 @@ def _own(name: str, num_classes: int, dtype: Any, field: str) -> nn.Module:
             f"{field}={name!r} cannot be imported: {error}; write it as my_module:factory, with my_module.py in the "
             "working directory or installed"
         ) from error
-    options = {"dtype": dtype} if "dtype" in inspect.signature(factory).parameters else {}
+    taken = inspect.signature(factory.__init__ if inspect.isclass(factory) else factory).parameters
+    options = {"num_classes": num_classes} | ({"dtype": dtype} if "dtype" in taken else {})
+    if rngs := "rngs" in taken:
+        from rkd_jax.models import _nnx  # here: importing NNX takes a tenth of a second
     try:
-        network = factory(num_classes=num_classes, **options)
+        network = _nnx.to_linen(factory, options) if rngs else factory(**options)
     except TypeError as error:
-        raise ValueError(f"{field}={name!r}: {error}; it is called as factory(num_classes={num_classes})") from error
+        called = f"factory(num_classes={num_classes}{', rngs=rngs' if rngs else ''})"
+        raise ValueError(f"{field}={name!r}: {error}; it is called as {called}") from error
     if not isinstance(network, nn.Module):
-        raise ValueError(f"{field}={name!r} returned a {type(network).__name__}; return a flax.linen.Module")
+        raise ValueError(
+            f"{field}={name!r} returned a {type(network).__name__}; return a flax.linen.Module, or a flax.nnx.Module "
+            "made with `rngs`, which the factory then takes"
+        )
     parameters = inspect.signature(type(network).__call__).parameters.values()
     if not any(parameter.name == "train" or parameter.kind == parameter.VAR_KEYWORD for parameter in parameters):
         raise ValueError(f"{field}={name!r}: its __call__ lacks `train`; define __call__(self, images, train=False)")

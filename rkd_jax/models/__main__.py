@@ -1,6 +1,7 @@
 """The table of networks: python -m rkd_jax.models [NAME ...] [--num_classes 100] [--image_size 32].
 
-MMACs are the millions of multiply-adds of the convolutions and the classifier for one image, as papers count them.
+MMACs are the millions of multiply-adds of the convolutions and the classifier for one image, as papers count them; "-"
+for a network of your own that has neither of Linen's.
 XLA is half the floating-point operations that XLA finds in the inference program, in millions: its cost analysis leaves
 out the products with padding, and counts batch normalisation and activations.
 """
@@ -22,15 +23,14 @@ class Row(NamedTuple):
 
     name: str
     parameters: int
-    mmacs: float
+    mmacs: float | None  # None: the network has no layer of Linen's
     xla: float
     embedding: int | None  # None: the network returns none
     features: tuple[str, ...]  # channels@side
 
     def __str__(self) -> str:
-        figures = (
-            f"{self.name:18} {self.parameters:>10,} {self.mmacs:>8,.1f} {self.xla:>8,.1f} {self.embedding or '-':>9}"
-        )
+        mmacs = "-" if self.mmacs is None else f"{self.mmacs:,.1f}"
+        figures = f"{self.name:18} {self.parameters:>10,} {mmacs:>8} {self.xla:>8,.1f} {self.embedding or '-':>9}"
         return f"{figures}  {' '.join(self.features)}"
 
 
@@ -54,7 +54,7 @@ def describe(name: str, num_classes: int = 100, image_size: int = 32) -> Row:
     return Row(
         models.resolve(name, image_size),
         sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
-        sum(macs) / 1e6,
+        sum(macs) / 1e6 if macs else None,
         inference.cost_analysis()["flops"] / 2e6,
         None if outputs.embedding is None else outputs.embedding.shape[-1],
         tuple(f"{feature.shape[-1]}@{feature.shape[1]}" for feature in outputs.features),
