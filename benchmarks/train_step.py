@@ -260,7 +260,8 @@ class Ours:
         teacher, student, self.side, self.classes = PAIRS[pair]
         self.teacher, self.student = (models.create(name, self.classes, dtype) for name in (teacher, student))
         self.method = methods.resolve(method, {}, "cifar100" if self.side == 32 else "tiny_imagenet", teacher, student)
-        self.tx = optim.create_optimizer(optim.create_schedule(0.025, (150,), 0.1, 100), 0.9, 5e-4, False)
+        schedule = optim.create_schedule("step", 0.025, num_steps=10_000, steps_per_epoch=100, decay_epochs=(150,))
+        self.tx = optim.create_optimizer("sgd", schedule, momentum=0.9, weight_decay=5e-4)
         self.mesh, self.rng, shape = steps.data_mesh(BATCH), jax.random.key(0), (self.side, self.side, 3)
         self.variables = experiment.untrained(self.teacher, shape)
         if on_gpu():

@@ -51,16 +51,21 @@ def get_config() -> ConfigDict:
     config.flip = True  # mirror half of the images
     config.rotation = 0.0  # degrees, uniform in +- this; 0: none
 
-    # Optimization: SGD.
+    # Optimization.
     config.batch_size = 64
     config.num_epochs = 300
     config.num_steps = placeholder(int)  # stop after this many steps, whatever num_epochs says
     config.learning_rate = 0.025
-    config.decay_epochs = (150, 180, 210)  # after each of these, the rate falls
+    config.schedule = "step"  # of the rate: "step", or "cosine", which falls to 0 at the end
+    config.decay_epochs = (150, 180, 210)  # "step": after each of these, the rate falls
     config.decay_factor = 0.1  # to this fraction
-    config.momentum = 0.9
+    config.lr_warmup_epochs = 0.0  # through these, the rate first rises
+    config.optimizer = (
+        "sgd"  # or "optax:adamw", or another "my_module:factory", called as factory(learning_rate=schedule)
+    )
+    config.momentum = 0.9  # this and the next for the optimizers that take it
     config.nesterov = False
-    config.weight_decay = 5e-4  # added to the gradient, of every parameter
+    config.weight_decay = 5e-4  # of every parameter; "sgd" adds it to the gradient
 
     # The run.
     config.seed = 0

@@ -126,14 +126,7 @@ def build(config: ConfigDict) -> Experiment:
 
     student = models.create(fields.student, splits.num_classes, dtype, splits.train.images.shape[1], "config.student")
     teacher, teacher_variables, metadata = _teacher(fields, splits, method, dtype)
-    if not all(isinstance(epoch, int | float) and epoch > 0 for epoch in fields.decay_epochs):
-        raise ValueError(f"config.decay_epochs={fields.decay_epochs!r} are no epochs; take, say, (150, 180, 210)")
-    schedule = optim.create_schedule(
-        fields.at_least("learning_rate", 0), fields.decay_epochs, fields.at_least("decay_factor", 0), steps_per_epoch
-    )
-    tx = optim.create_optimizer(
-        schedule, fields.at_least("momentum", 0, 0.9999), fields.at_least("weight_decay", 0), fields.nesterov
-    )
+    schedule, tx, unused = _optimization(fields, num_steps, steps_per_epoch)
     recipe = steps.Recipe(
         views=views,
         augmentation={
@@ -168,11 +161,37 @@ def build(config: ConfigDict) -> Experiment:
     fields.check_all_read()
 
     resolved = {name: value for name, value in values.items() if name not in _method_fields(values)}
-    resolved |= methods.hyperparameters(method) | {"teacher_fingerprint": metadata.get("fingerprint", "")}
+    resolved |= (
+        dict.fromkeys(unused)
+        | methods.hyperparameters(method)
+        | {"teacher_fingerprint": metadata.get("fingerprint", "")}
+    )
     resolved = json.loads(json.dumps(resolved))
     return Experiment(
         resolved, splits, student, teacher, teacher_variables, method, recipe, loop, schedule, method.wrap_optimizer(tx)
     )
+
+
+def _optimization(
+    fields: Fields, num_steps: int, steps_per_epoch: int
+) -> tuple[optax.Schedule, optax.GradientTransformation, set[str]]:
+    """The schedule, the optimizer, and the fields about them that these two do not use."""
+    if not all(isinstance(epoch, int | float) and epoch > 0 for epoch in fields.decay_epochs):
+        raise ValueError(f"config.decay_epochs={fields.decay_epochs!r} are no epochs; take, say, (150, 180, 210)")
+    name, optimizer = fields.one_of("schedule", optim.SCHEDULES), fields.optimizer
+    falls = {"decay_epochs": fields.decay_epochs, "decay_factor": fields.at_least("decay_factor", 0)}
+    schedule = optim.create_schedule(
+        name, fields.at_least("learning_rate", 0), num_steps=num_steps, steps_per_epoch=steps_per_epoch, **falls,
+        warmup_epochs=fields.at_least("lr_warmup_epochs", 0, fields.num_epochs),
+    )  # fmt: skip
+    options = {
+        "momentum": fields.at_least("momentum", 0, 0.9999),
+        "nesterov": fields.nesterov,
+        "weight_decay": fields.at_least("weight_decay", 0),
+    }
+    tx = optim.create_optimizer(optimizer, schedule, **options)
+    unused = {*options} - {*optim.taken(optimizer)} | ({*falls} if name != "step" else set())
+    return schedule, tx, unused
 
 
 def create_learner(

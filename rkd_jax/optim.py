@@ -1,20 +1,86 @@
-"""The paper's optimizer: SGD with momentum, coupled weight decay, a rate that falls in steps (counted in epochs)."""
+"""The schedule and the optimizer: the paper's SGD at a rate that falls in steps, a cosine, any optimizer of optax."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+
+from rkd_jax import _own
+
+SCHEDULES = ("step", "cosine")
+OPTIONS = ("momentum", "nesterov", "weight_decay")  # config fields that an optimizer may take
 
 
 def create_schedule(
-    learning_rate: float, decay_epochs: Sequence[float], decay_factor: float, steps_per_epoch: int
+    name: str,
+    learning_rate: float,
+    *,
+    num_steps: int,
+    steps_per_epoch: int,
+    decay_epochs: Sequence[float] = (),
+    decay_factor: float = 0.1,
+    warmup_epochs: float = 0.0,
 ) -> optax.Schedule:
-    """step -> rate: `learning_rate`, times `decay_factor` after each of `decay_epochs` (150: from epoch 151 on)."""
-    boundaries = {round(epoch * steps_per_epoch): decay_factor for epoch in decay_epochs}
-    return optax.piecewise_constant_schedule(learning_rate, boundaries)
+    """step -> rate, of the first `warmup_epochs` times a share that rises by as much each step, to 1.
+
+    "step": `learning_rate`, times `decay_factor` after each of `decay_epochs` (150: from epoch 151 on).
+    "cosine": learning_rate (1 + cos(pi step / num_steps)) / 2 (Loshchilov and Hutter 2017, arXiv:1608.03983).
+    """
+    if name == "step":
+        boundaries = {round(epoch * steps_per_epoch): decay_factor for epoch in decay_epochs}
+        schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
+    else:
+        schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
+    if not (warmup := round(warmup_epochs * steps_per_epoch)):
+        return schedule
+    return lambda step: schedule(step) * jnp.minimum((step + 1) / warmup, 1.0)
 
 
-def create_optimizer(
-    schedule: optax.Schedule, momentum: float, weight_decay: float, nesterov: bool = False
+def create_optimizer(name: str, schedule: optax.Schedule, **options: Any) -> optax.GradientTransformation:
+    """The optimizer of that name, for every parameter; options: the values of `OPTIONS`, which default to none.
+
+    "sgd" is torch.optim.SGD: v = momentum * v + (g + weight_decay * p); p = p - rate * v. "optax:adamw", or another
+    my_module:factory, is factory(learning_rate=schedule) with those of the options that it takes by name.
+    Raises ValueError where it cannot be used, or does not take a weight_decay that is not 0.
+    """
+    factory, field = _factory(name), f"config.optimizer={name!r}"
+    options = dict.fromkeys(OPTIONS, 0) | options
+    if options["weight_decay"] and "weight_decay" not in taken(name):
+        raise ValueError(f"{field} takes no weight_decay; set config.weight_decay=0, or take another")
+    try:
+        tx = factory(learning_rate=schedule, **{option: options[option] for option in taken(name)})
+    except TypeError as error:
+        raise ValueError(f"{field}: {error}; it is called as factory(learning_rate=schedule, ...)") from error
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(f"{field} returned a {type(tx).__name__}; return an optax.GradientTransformation")
+    try:
+        jax.eval_shape(lambda x: tx.update(x, tx.init(x), x), jnp.zeros(2))
+    except TypeError as error:
+        raise ValueError(f"{field} needs more than gradients: {error}; take one that does not") from error
+    return tx
+
+
+def taken(name: str) -> tuple[str, ...]:
+    """Those of `OPTIONS` that an optimizer takes."""
+    parameters = inspect.signature(_factory(name)).parameters
+    return tuple(option for option in OPTIONS if option in parameters)
+
+
+def _factory(name: str) -> Callable[..., optax.GradientTransformation]:
+    if name == "sgd":
+        return _sgd
+    if ":" not in name:
+        raise ValueError(
+            f"config.optimizer={name!r} is not one of this package, which has 'sgd'; write 'optax:{name}', or "
+            "my_module:factory for your own"
+        )
+    return _own.load(name, "config.optimizer", "factory")
+
+
+def _sgd(
+    learning_rate: optax.Schedule, momentum: float, weight_decay: float, nesterov: bool
 ) -> optax.GradientTransformation:
-    """torch.optim.SGD: v = momentum * v + (g + weight_decay * p); p = p - rate * v, for every parameter."""
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum or None, nesterov))
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.sgd(learning_rate, momentum or None, nesterov))

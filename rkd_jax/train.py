@@ -30,8 +30,8 @@ ELSEWHERE = ("data_dir", "teacher_checkpoint", "checkpoint_seconds", "stream")
 SPOKEN = ("log_every", "eval_batch_size")
 # Fields that students of one program may have of their own, beside those of their methods.
 OWN = (
-    "student", "method", "seed", "data_seed", "view_reduction", "learning_rate", "decay_epochs", "decay_factor",
-    "momentum", "nesterov", "weight_decay",
+    "student", "method", "seed", "data_seed", "view_reduction", "learning_rate", "schedule", "decay_epochs",
+    "decay_factor", "lr_warmup_epochs", "optimizer", "momentum", "nesterov", "weight_decay",
 )  # fmt: skip
 TEACHER = ("teacher", "teacher_checkpoint", "teacher_fingerprint", "fold_teacher")
 
@@ -428,6 +428,8 @@ def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
         + f": {len(run.splits.train.labels):,} training and {len(run.splits.test.labels):,} test images, "
         f"{run.recipe.num_steps:,} steps of {run.recipe.batch_size}, seed {config['seed']}, on {device_name()}"
         + (" | SMOKE: random images" if config["smoke"] else "")
+        + (f" | optimizer {config['optimizer']}" if config["optimizer"] != "sgd" else "")
+        + (f" | schedule {config['schedule']}" if config["schedule"] != "step" else "")
         + (f" | goes on from step {start:,}" if start else "")
         + (f" | the rate never falls: config.decay_epochs={config['decay_epochs']}" if _flat(run) else "")
     )
@@ -435,7 +437,7 @@ def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
 
 def _flat(run: experiment.Experiment) -> bool:
     """Whether a run ends before the first of its decays."""
-    steps_of = [epoch * run.recipe.steps_per_epoch for epoch in run.config["decay_epochs"]]
+    steps_of = [epoch * run.recipe.steps_per_epoch for epoch in run.config["decay_epochs"] or ()]
     return bool(steps_of) and min(steps_of) >= run.recipe.num_steps and not run.config["smoke"]
 
 

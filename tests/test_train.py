@@ -11,11 +11,10 @@ import unittest.mock
 
 import jax
 import numpy as np
-import optax
 import pytest
 from conftest import ROOT
 
-from rkd_jax import _flags, checkpoint, evaluate, experiment, metrics, optim, steps, train
+from rkd_jax import _flags, checkpoint, evaluate, experiment, metrics, steps, train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -396,34 +395,6 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     states.close()
     found, _ = checkpoint.Checkpoints(tmp_path / "states").restore({"x": np.zeros(3)})
     assert found["x"].tolist() == [0, 0, 0]  # the last good one
-
-
-def test_schedule_is_the_papers():
-    schedule = optim.create_schedule(0.025, (150, 180, 210), 0.1, steps_per_epoch=10)
-    rates = [float(schedule(step)) for step in (0, 1499, 1500, 1799, 1800, 2099, 2100, 2999)]
-    np.testing.assert_allclose(rates, [0.025, 0.025, 2.5e-3, 2.5e-3, 2.5e-4, 2.5e-4, 2.5e-5, 2.5e-5], rtol=1e-6)
-
-
-@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, False), (0.9, True), (0.0, False)])
-def test_optimizer_equals_torch_sgd(momentum, nesterov):
-    torch = pytest.importorskip("torch")
-    rng = np.random.default_rng(0)
-    start, targets = rng.normal(size=5), rng.normal(size=(6, 5))
-    parameter = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
-    optimizer = torch.optim.SGD([parameter], lr=0.1, momentum=momentum, weight_decay=0.05, nesterov=nesterov)
-    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3], 0.1)
-    tx = optim.create_optimizer(optim.create_schedule(0.1, (3,), 0.1, 1), momentum, 0.05, nesterov)
-    ours = jax.numpy.asarray(start, "float32")
-    state = tx.init(ours)
-    for target in targets:
-        optimizer.zero_grad()
-        ((parameter - torch.tensor(target, dtype=torch.float32)) ** 4).sum().backward()
-        optimizer.step()
-        scheduler.step()
-        grads = jax.grad(lambda p, t=target: ((p - t.astype("float32")) ** 4).sum())(ours)
-        updates, state = tx.update(grads, state, ours)
-        ours = optax.apply_updates(ours, updates)
-    np.testing.assert_allclose(ours, parameter.detach().numpy(), rtol=2e-5)
 
 
 @pytest.mark.parametrize(

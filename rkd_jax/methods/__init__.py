@@ -12,6 +12,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
+from rkd_jax import _own
 from rkd_jax.methods.base import Context, Distiller
 
 __all__ = ["Context", "Distiller", "called", "create", "fields", "hyperparameters", "load", "names", "resolve"]
@@ -30,13 +31,7 @@ def load(name: str, field: str = "config.method") -> type[Distiller]:
     `field` is the config field that gave the name, for the error.
     """
     if ":" in name:
-        module, attribute = name.split(":", 1)
-        try:
-            method = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"{field}={name!r} cannot be imported: {error}; write it as module:Class") from error
-        except (SyntaxError, TypeError) as error:
-            raise ValueError(f"{field}={name!r}: {module} cannot be imported, mend it there: {error}") from error
+        method = _own.load(name, field, "Class")
         if not (isinstance(method, type) and issubclass(method, Distiller)):
             raise ValueError(f"{field}={name!r} is no distillation method; derive it from methods.Distiller")
         if complaint := _complaint(method):

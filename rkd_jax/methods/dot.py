@@ -113,5 +113,8 @@ def momentum_of(tx: optax.GradientTransformation) -> float:
             _, state = tx.update(jnp.float32(gradient), state, params)
     trace = optax.tree_utils.tree_get(state, "trace")
     if trace is None:
-        raise ValueError("config.method='dot' splits the optimizer's momentum, which is 0; set config.momentum=0.9")
+        raise ValueError(
+            "config.method='dot' splits the momentum of SGD, and there is none; set config.momentum=0.9 and "
+            "config.optimizer='sgd'"
+        )
     return round(float(trace), 6)

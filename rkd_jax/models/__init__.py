@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rkd_jax import _own
 from rkd_jax.models._fold import fold
 from rkd_jax.models._resume import classifier, resume
 from rkd_jax.models.layers import LAST, Cut, full_precision, in_turn
@@ -96,7 +97,7 @@ def create(
       ValueError: no such network (names the nearest), or a module of one's own that cannot be used.
     """
     if ":" in name:
-        return _own(name, num_classes, dtype, field)
+        return _create_own(name, num_classes, dtype, field)
     return _networks()[resolve(name, image_size, field)](num_classes=num_classes, dtype=dtype)
 
 
@@ -162,15 +163,8 @@ class Adapter(nn.Module):
         return outputs
 
 
-def _own(name: str, num_classes: int, dtype: Any, field: str) -> nn.Module:
-    module, attribute = name.split(":", 1)
-    try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"{field}={name!r} cannot be imported: {error}; write it as my_module:factory, with my_module.py in the "
-            "working directory or installed"
-        ) from error
+def _create_own(name: str, num_classes: int, dtype: Any, field: str) -> nn.Module:
+    factory = _own.load(name, field, "factory")
     taken = inspect.signature(factory.__init__ if inspect.isclass(factory) else factory).parameters
     options = {"num_classes": num_classes} | ({"dtype": dtype} if "dtype" in taken else {})
     if rngs := "rngs" in taken:

@@ -1,0 +1,151 @@
+"""Schedules and optimizers against PyTorch's, and what of them the user chooses."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rkd_jax import optim, runs
+
+STEPS = {"num_steps": 3000, "steps_per_epoch": 10}
+
+
+def rates(name, steps, learning_rate=0.025, **options):
+    schedule = optim.create_schedule(name, learning_rate, **STEPS | options)
+    return [float(schedule(step)) for step in steps]
+
+
+def test_schedule_is_the_papers():
+    found = rates("step", (0, 1499, 1500, 1799, 1800, 2099, 2100, 2999), decay_epochs=(150, 180, 210))
+    np.testing.assert_allclose(found, [0.025, 0.025, 2.5e-3, 2.5e-3, 2.5e-4, 2.5e-4, 2.5e-5, 2.5e-5], rtol=1e-6)
+
+
+def test_cosine_is_pytorchs():
+    torch = pytest.importorskip("torch")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
+    theirs = []
+    for _ in range(40):
+        theirs += scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+    np.testing.assert_allclose(rates("cosine", range(40), 0.3, num_steps=40), theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", optim.SCHEDULES)
+def test_warm_up_rises_to_the_schedule(name):
+    plain = np.array(rates(name, range(30), decay_epochs=(1,)))
+    share = np.minimum(np.arange(1, 31) / 20, 1)
+    np.testing.assert_allclose(rates(name, range(30), decay_epochs=(1,), warmup_epochs=2), plain * share, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "options"),
+    [
+        ("sgd", "SGD", {"momentum": 0.9, "nesterov": False}),
+        ("sgd", "SGD", {"momentum": 0.9, "nesterov": True}),
+        ("sgd", "SGD", {"momentum": 0.0, "nesterov": False}),
+        ("optax:adamw", "AdamW", {}),
+    ],
+)
+def test_optimizer_equals_torchs(name, theirs, options):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    start, targets = rng.normal(size=5), rng.normal(size=(6, 5))
+    parameter = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
+    optimizer = getattr(torch.optim, theirs)([parameter], lr=0.1, weight_decay=0.05, **options)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3], 0.1)
+    schedule = optim.create_schedule("step", 0.1, num_steps=6, steps_per_epoch=1, decay_epochs=(3,), decay_factor=0.1)
+    tx = optim.create_optimizer(name, schedule, weight_decay=0.05, **options)
+    ours = jnp.asarray(start, "float32")
+    state = tx.init(ours)
+    for target in targets:
+        optimizer.zero_grad()
+        ((parameter - torch.tensor(target, dtype=torch.float32)) ** 4).sum().backward()
+        optimizer.step()
+        scheduler.step()
+        grads = jax.grad(lambda p, t=target: ((p - t.astype("float32")) ** 4).sum())(ours)
+        updates, state = tx.update(grads, state, ours)
+        ours = optax.apply_updates(ours, updates)
+    np.testing.assert_allclose(ours, parameter.detach().numpy(), rtol=2e-5)
+
+
+def clipped(learning_rate, momentum):
+    """An optimizer of one's own."""
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(learning_rate, momentum))
+
+
+def no_optimizer(learning_rate, weight_decay):
+    return weight_decay
+
+
+def with_decay_alone(weight_decay):
+    return optax.add_decayed_weights(weight_decay)
+
+
+def of_the_loss(learning_rate, weight_decay):
+    return optax.lbfgs(learning_rate)
+
+
+def test_own_optimizer_is_given_what_it_takes():
+    tx = optim.create_optimizer("test_optim:clipped", lambda step: 0.5, momentum=0.9)
+    updates, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
+    np.testing.assert_allclose(updates, [-0.3, -0.4], rtol=1e-6)
+    assert optim.taken("test_optim:clipped") == ("momentum",)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("adamw", "is not one of this package, which has 'sgd'; write 'optax:adamw'"),
+        ("optax:adamv", "cannot be imported: module 'optax' has no attribute 'adamv'; write it as my_module:factory"),
+        ("optax:adam", "takes no weight_decay; set config.weight_decay=0, or take another"),
+        ("test_optim:of_the_loss", "needs more than gradients: .*'value'.*; take one that does not"),
+        ("test_optim:with_decay_alone", r".*; it is called as factory\(learning_rate=schedule, ...\)"),
+        ("test_optim:no_optimizer", "returned a float; return an optax.GradientTransformation"),
+    ],
+)
+def test_optimizer_that_cannot_be_used_is_named(name, complaint):
+    with pytest.raises(ValueError, match=rf"^config\.optimizer='{name}':? {complaint}"):
+        optim.create_optimizer(name, lambda step: 0.1, weight_decay=0.1)
+
+
+@pytest.mark.usefixtures("fast_compile")
+def test_run_by_another_optimizer_goes_on(tiny, tmp_path, stopped):
+    config = tiny(optimizer="optax:adamw", schedule="cosine", lr_warmup_epochs=0.5, checkpoint_seconds=0.0)
+    whole = runs.distil(config, tmp_path / "whole")
+    stopped(config, tmp_path / "run", 6)
+    assert runs.distil(config, tmp_path / "run")["last"] == whole["last"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [line["learning_rate"] for line in lines if line["kind"] == "train"]  # of the steps before 3, 6, 9, 12
+    turned = np.pi * np.array([2, 5, 8, 11]) / 12
+    np.testing.assert_allclose(found, 0.01 * (1 + np.cos(turned)) / 2 * [0.75, 1, 1, 1], rtol=1e-5)
+    used = json.loads((tmp_path / "run" / "config.json").read_text())
+    names = ("optimizer", "weight_decay", "nesterov", "momentum", "decay_epochs", "decay_factor")
+    assert [used[name] for name in names] == ["optax:adamw", 5e-4, False, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"schedule": "cosin"}, r"config\.schedule='cosin' is none of 'step', 'cosine'"),
+        ({"lr_warmup_epochs": 301.0}, r"config\.lr_warmup_epochs=301.0 is too high; take 300 or less"),
+        (
+            {"optimizer": "optax:adamw", "method": "dot"},
+            r"config\.method='dot' splits the momentum of SGD, and there is none; set config\.momentum=0\.9 and "
+            r"config\.optimizer='sgd'",
+        ),
+    ],
+)
+def test_config_that_cannot_be(tiny, tmp_path, fields, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        runs.distil(tiny(**fields), tmp_path)
+
+
+@pytest.mark.usefixtures("fast_compile")
+def test_optimizers_side_by_side(tiny, tmp_path):
+    rows = runs.sweep(tiny(sweep="optimizer=sgd,optax:adamw schedule=step,cosine", num_steps=3), tmp_path)
+    assert len({row["last"]["loss"] for row in rows}) == 4
