@@ -37,6 +37,20 @@ class Explicit(Net):
         return super().__call__(images).logits
 
 
+class Listed(Net):
+    """With layers in a list, whose names in paths are numbers."""
+
+    def __init__(self, num_classes, *, rngs):
+        super().__init__(num_classes, rngs=rngs)
+        self.layers = nnx.List([nnx.Linear(CHANNELS, CHANNELS, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, images):
+        x = super().__call__(images).embedding
+        for layer in self.layers:
+            x = jax.nn.relu(layer(x))
+        return self.head(x)
+
+
 class Linen(nn.Module):
     """The same network in Linen."""
 
@@ -134,8 +148,8 @@ def test_dropout_is_of_the_steps_key(digits):
 
 def test_teacher_and_student_train_and_go_on(tiny, tmp_path, stopped):
     alone = {"method": "cross_entropy", "teacher": "", "teacher_checkpoint": ""}
-    runs.distil(tiny(student="test_nnx:Net", num_steps=2, **alone), tmp_path / "teacher")
-    pair = {"teacher": "test_nnx:Net", "teacher_checkpoint": str(tmp_path / "teacher" / "best")}
+    runs.distil(tiny(student="test_nnx:Listed", num_steps=2, **alone), tmp_path / "teacher")
+    pair = {"teacher": "test_nnx:Listed", "teacher_checkpoint": str(tmp_path / "teacher" / "best")}
     config = tiny(student="test_nnx:dropping", num_steps=6, checkpoint_seconds=0.0, fold_teacher=True, **pair)
     whole = runs.distil(config, tmp_path / "whole")
     assert whole["parameters"] == 9 * CHANNELS + 3 * CHANNELS + 10 * CHANNELS + 10
