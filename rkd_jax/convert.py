@@ -4,13 +4,15 @@
     python -m rkd_jax.convert --checkpoint runs/teachers/resnet56 --output resnet56.pth       (or .safetensors)
 
 reads the files of RepDistiller, mdistiller and pytorch-cifar-models, in either format of torch.save, or safetensors,
-without PyTorch and without running code from the file. The keys follow from the modules' names (see
-`rkd_jax.models.layers`), so that a new family needs nothing here.
+without PyTorch and without running code from the file. Files that it wrote itself name their network and how its images
+are normalised, and convert back without either. The keys follow from the modules' names (see `rkd_jax.models.layers`),
+so that a new family needs nothing here.
 """
 
 import argparse
 import functools
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -33,6 +35,8 @@ NORMALISATION = {
     "tiny_imagenet": (tiny_imagenet.MEAN, tiny_imagenet.STD),
     "pytorch-cifar-models": ((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)),  # chenyaofo's CIFAR-100 networks
 }
+NOTE = "rkd_jax"  # the name, in a file for PyTorch, of what our metadata say of it
+NOTED = ("network", "num_classes", "dataset", "image_size", "mean", "std")
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
@@ -95,6 +99,28 @@ def to_torch(variables: Mapping[str, Any], name: str, num_classes: int) -> dict[
         if key.endswith("running_var"):
             ordered[key.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
     return ordered
+
+
+def save(path: str | os.PathLike, variables: Mapping[str, Any], name: str, metadata: Mapping[str, Any]) -> None:
+    """Writes a network's state dict for PyTorch, to .pth, .pt or .safetensors, and what its metadata say of it."""
+    state, path = to_torch(variables, name, metadata["num_classes"]), Path(path)
+    note = json.dumps({key: metadata[key] for key in NOTED if key in metadata} | {"network": name})
+    if path.suffix == ".safetensors":
+        safetensors.numpy.save_file(state, path, {NOTE: note})
+    else:
+        torch_file.save(path, state, **{NOTE: note})
+
+
+def _noted(path: Path, found: Any) -> dict[str, Any]:
+    """What `save` noted in a file that holds `found`; {} where it is another's."""
+    if path.suffix == ".safetensors":
+        with safetensors.safe_open(path, "np") as file:
+            found = file.metadata() or {}
+    try:
+        note = json.loads(found[NOTE])
+        return note if note.keys() >= {"network", "mean", "std"} else {}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
 
 
 @functools.cache
@@ -213,8 +239,10 @@ def _fitting(found: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(fits))
 
 
-def _normalisation(args: argparse.Namespace, zoo: bool, num_classes: int, channels: int) -> dict[str, Any]:
-    """The mean and std of the command line, else of --dataset, of the file's zoo, or of the class count."""
+def _normalisation(
+    args: argparse.Namespace, noted: Mapping[str, Any], zoo: bool, num_classes: int, channels: int
+) -> dict[str, Any]:
+    """The mean and std of the command line, else of --dataset, of the file, of its zoo, or of the class count."""
     if args.mean is not None or args.std is not None:
         if not len(args.mean or ()) == len(args.std or ()) == channels:
             raise ValueError(f"--mean and --std go together, {channels} numbers each: one for every channel")
@@ -223,6 +251,8 @@ def _normalisation(args: argparse.Namespace, zoo: bool, num_classes: int, channe
                 f"--mean {args.mean} --std {args.std}: give them of pixels of 0..1, not 0..255; a std is above 0"
             )
         return {"mean": args.mean, "std": args.std, "normalisation": "command line"}
+    if noted and not args.dataset:
+        return {"mean": noted["mean"], "std": noted["std"], "normalisation": "the file's"}
     kind = args.dataset or ("pytorch-cifar-models" if zoo else {100: "cifar100", 200: "tiny_imagenet"}.get(num_classes))
     if kind is None or channels != 3:
         raise ValueError(
@@ -257,12 +287,14 @@ def _to_folder(args: argparse.Namespace) -> str:
     """A PyTorch file to a network's folder; returns what to print."""
     _check_output(Path(args.output))
     path = Path(args.checkpoint)
-    found = _arrays(_read(path))
-    if args.model is None:
+    held = _read(path)
+    found, noted = _arrays(held), _noted(path, held)
+    model = args.model or noted.get("network")
+    if model is None:
         raise ValueError(
             f"--model is missing; {path.name} holds {' or '.join(_fitting(found)) or 'no network of ours'}"
         )
-    name = models.resolve(args.model, args.image_size, field="--model")
+    name = models.resolve(model, args.image_size, field="--model")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     zoo = _is_of_zoo(path, digest)
     classes, channels = _counts(_under(found, name, args.prefix, repr(str(path))), name)
@@ -271,11 +303,13 @@ def _to_folder(args: argparse.Namespace) -> str:
     metadata = {
         "network": name,
         "num_classes": num_classes,
-        **_normalisation(args, zoo, num_classes, channels),
+        **_normalisation(args, noted, zoo, num_classes, channels),
         "source": path.name,
         "sha256": digest,
     }
-    metadata["image_size"] = args.image_size or (64 if metadata["normalisation"] == "tiny_imagenet" else 32)
+    usual = 64 if metadata["normalisation"] == "tiny_imagenet" else 32
+    metadata["image_size"] = args.image_size or noted.get("image_size", usual)
+    metadata |= {"dataset": noted["dataset"]} if "dataset" in noted else {}
     checkpoint.save_network(args.output, variables, metadata)
     count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     return (
@@ -293,17 +327,14 @@ def _to_file(args: argparse.Namespace) -> str:
             )
     variables, metadata = checkpoint.load_network(args.checkpoint, args.model, args.num_classes, field="--checkpoint")
     name = models.resolve(metadata["network"], args.image_size or metadata.get("image_size"), field="--checkpoint")
-    state = to_torch(variables, name, metadata["num_classes"])
     output = Path(args.output)
     if output.suffix not in (".pth", ".pt", ".safetensors"):
         raise ValueError(f"--output={str(output)!r}: end it in .pth, .pt or .safetensors, which says what to write")
     output.parent.mkdir(parents=True, exist_ok=True)
+    save(output, variables, name, metadata)
+    read = f"torch.load({str(output)!r}, weights_only=True)['model']"
     if output.suffix == ".safetensors":
-        safetensors.numpy.save_file(state, output)
         read = f"safetensors.torch.load_file({str(output)!r})"
-    else:
-        torch_file.save(output, state)
-        read = f"torch.load({str(output)!r}, weights_only=True)['model']"
     return f"{output}: {name}, {metadata['num_classes']} classes; load_state_dict({read}, strict=True)"
 
 

@@ -34,7 +34,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from rkd_jax import _devices, _flags, checkpoint, convert, evaluate, models, torch_file, train
+from rkd_jax import _devices, _flags, checkpoint, convert, evaluate, models, train
 from rkd_jax.models import _conv
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -112,7 +112,7 @@ def to_torch(export: Export, path: Path) -> Predict:
     """A state dict; read back, it is applied by Flax, for PyTorch need not be here."""
     network, metadata = export.network, export.network.metadata
     name = models.resolve(metadata["network"], export.shape[0], field="FOLDER")
-    torch_file.save(path, convert.to_torch(network.variables, name, metadata["num_classes"]))
+    convert.save(path, network.variables, name, metadata | {"image_size": export.shape[0]})
     again = convert.from_torch(path, name, metadata["num_classes"])
     apply = jax.jit(dataclasses.replace(export, network=network._replace(variables=again)))
     return lambda images: np.asarray(apply(images))

@@ -244,20 +244,23 @@ def _load_legacy(file: BinaryIO, size: int) -> Any:
     return tree
 
 
-def save(path: str | os.PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes {"model": tensors} as torch.save would, for torch.load(path, weights_only=True)["model"]."""
+def save(path: str | os.PathLike, tensors: Mapping[str, np.ndarray], **notes: str) -> None:
+    """Writes {"model": tensors, **notes} as torch.save would, for torch.load(path, weights_only=True)["model"]."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", _state_dict_pickle(tensors))
+        archive.writestr("archive/data.pkl", _pickle(tensors, notes))
         archive.writestr("archive/byteorder", "little")
         for name, array in enumerate(tensors.values()):
             archive.writestr(f"archive/data/{name}", np.ascontiguousarray(array).tobytes())
         archive.writestr("archive/version", "3\n")
 
 
-def _state_dict_pickle(tensors: Mapping[str, np.ndarray]) -> bytes:
-    """The pickle of {"model": tensors}; every tensor a call of torch._utils._rebuild_tensor_v2, written out by hand."""
+def _pickle(tensors: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> bytes:
+    """The pickle of `save`'s dict; every tensor a call of torch._utils._rebuild_tensor_v2, written out by hand."""
     kinds = {dtype: name for name, dtype in _STORAGES.items()}
-    out = bytearray(pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + _plain("model") + pickle.EMPTY_DICT + pickle.MARK)
+    out = bytearray(pickle.PROTO + b"\x02" + pickle.EMPTY_DICT)
+    for name, note in notes.items():
+        out += _plain(name) + _plain(note) + pickle.SETITEM
+    out += _plain("model") + pickle.EMPTY_DICT + pickle.MARK
     for name, (key, array) in enumerate(tensors.items()):
         if array.dtype not in kinds:
             raise ValueError(f"{key!r} is of type {array.dtype}, which PyTorch has no storage for; convert it first")

@@ -25,10 +25,21 @@ from configs import default
 from rkd_jax import checkpoint, data, models, train
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def known(**options):
+    """The compiler's options, where this version of it has them: from JAX 0.12 on, there are fusion emitters alone."""
+    try:
+        jax.jit(lambda x: x, compiler_options=options)(0)
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
+
+
 # Of jax.jit, for programs that run once or twice. With the first alone, what two programs both compute has the same
 # bits in both; with the second too, it has where they are one program.
 SAME_BITS = {"xla_backend_optimization_level": 0}
-FAST_COMPILE = SAME_BITS | {"xla_cpu_use_fusion_emitters": False}
+FAST_COMPILE = SAME_BITS | known(xla_cpu_use_fusion_emitters=False)
 FAST_FLAGS = " ".join(f"--{name}={value}" for name, value in FAST_COMPILE.items())  # the same, as XLA_FLAGS
 REAL = ROOT.parent / "shared" / "data"  # real data, where this machine has it
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rkd_jax import checkpoint, convert, models, torch_file
+from rkd_jax.data import cifar100
 
 torch = pytest.importorskip("torch")
 import safetensors.torch  # noqa: E402
@@ -146,6 +147,29 @@ def test_safetensors_in_and_out(tmp_path):
     torch_networks.create("resnet8", 10).load_state_dict(
         safetensors.torch.load_file(tmp_path / "out.safetensors"), strict=True
     )
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_file_of_our_own_names_its_network_and_normalisation(tmp_path, capsys, suffix):
+    variables = convert.from_torch(state_dict("resnet14", 7), "resnet14", 7)
+    facts = {"dataset": "folder:mine", "image_size": 48, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    checkpoint.save_network(tmp_path / "a", variables, {"network": "resnet14", "num_classes": 7, **facts})
+    path = tmp_path / f"x.{suffix}"
+    command(capsys, "--checkpoint", tmp_path / "a", "--output", path)
+    out = command(capsys, "--checkpoint", path, "--output", tmp_path / "b")
+    assert "normalisation (the file's): mean [0.1, 0.2, 0.3], std [0.4, 0.5, 0.6]" in out
+    again, metadata = checkpoint.load_network(tmp_path / "b", "resnet14", 7)
+    assert {key: metadata[key] for key in facts} == facts
+    jax.tree.map(np.testing.assert_array_equal, variables, again)
+    command(capsys, "--checkpoint", path, "--dataset", "cifar100", "--output", tmp_path / "c")
+    assert checkpoint.read_metadata(tmp_path / "c")["mean"] == list(cifar100.MEAN)
+
+
+@pytest.mark.parametrize("note", ["", "{", "3", '{"network": "resnet8"}', torch.zeros(2)])
+def test_note_that_says_nothing_is_no_harm(tmp_path, capsys, note):
+    path = save({"model": state_dict("resnet8", 100), "rkd_jax": note}, tmp_path / "x.pth")
+    out = command(capsys, "--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "a")
+    assert "normalisation (cifar100)" in out
 
 
 class Evil:
