@@ -175,7 +175,7 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "jax": Format(to_jax, "network.jaxexport"),
+    "jax": Format(to_jax, "network.jaxexport", {"flatbuffers": "flatbuffers"}),
     "torch": Format(to_torch, "network.pth"),
     "tflite": Format(to_tflite, "network.tflite", {"tensorflow-cpu": "tensorflow"}),
     "onnx": Format(to_onnx, "network.onnx", {"jax2onnx": "jax2onnx", "onnxruntime": "onnxruntime"}),
