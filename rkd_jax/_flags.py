@@ -50,8 +50,13 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
         sys.exit(f"Error: --config: {error}")
 
 
-def own_code(error: Exception) -> str:
-    """The line that an error came through last of those in no package, "FILE, line N: CODE"; "" where there is none."""
+def own_code(error: BaseException) -> str:
+    """The line that an error, or what caused it, came through last of those in no package; "" where there is none.
+
+    As "FILE, line N: CODE".
+    """
+    if error.__cause__ and (place := own_code(error.__cause__)):
+        return place
     here = Path(__file__).resolve().parent
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename).resolve()
@@ -74,4 +79,4 @@ def one_sentence(arguments: argparse.Namespace, **names: str) -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError, MemoryError) as error:
         said = re.sub(r"config\.(\w+)", lambda field: words.get(field[1], field[0]), str(error))
-        sys.exit(f"Error: {said}")
+        sys.exit(f"Error: {said}" + (f"\n(in {place})" if (place := own_code(error)) else ""))

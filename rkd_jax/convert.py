@@ -112,14 +112,15 @@ def save(path: str | os.PathLike, variables: Mapping[str, Any], name: str, metad
 
 
 def _noted(path: Path, found: Any) -> dict[str, Any]:
-    """What `save` noted in a file that holds `found`; {} where it is another's."""
+    """What `save` noted in a file that holds `found`; {} where it is another's, or of a network of somebody's own."""
     if path.suffix == ".safetensors":
         with safetensors.safe_open(path, "np") as file:
             found = file.metadata() or {}
     try:
         note = json.loads(found[NOTE])
-        return note if note.keys() >= {"network", "mean", "std"} else {}
-    except (KeyError, TypeError, ValueError, AttributeError):
+        numbers = all(isinstance(x, float | int) for x in (*note["mean"], *note["std"]))
+        return note if numbers and note["network"] in models.names() else {}  # and no code that a file names
+    except (KeyError, TypeError, ValueError):
         return {}
 
 

@@ -1,10 +1,9 @@
 """The schedule and the optimizer: the paper's SGD at a rate that falls in steps, a cosine, any optimizer of optax."""
 
-import inspect
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -48,6 +47,8 @@ def create_optimizer(name: str, schedule: optax.Schedule, **options: Any) -> opt
     """
     factory, field = _factory(name), f"config.optimizer={name!r}"
     options = dict.fromkeys(OPTIONS, 0) | options
+    if "schedule_free" in name:
+        raise ValueError(f"{field} has other parameters to test than to train, which is not done here; take another")
     if options["weight_decay"] and "weight_decay" not in taken(name):
         raise ValueError(f"{field} takes no weight_decay; set config.weight_decay=0, or take another")
     try:
@@ -56,17 +57,26 @@ def create_optimizer(name: str, schedule: optax.Schedule, **options: Any) -> opt
         raise ValueError(f"{field}: {error}; it is called as factory(learning_rate=schedule, ...)") from error
     if not isinstance(tx, optax.GradientTransformation):
         raise ValueError(f"{field} returned a {type(tx).__name__}; return an optax.GradientTransformation")
-    try:
-        jax.eval_shape(lambda x: tx.update(x, tx.init(x), x), jnp.zeros(2))
-    except TypeError as error:
-        raise ValueError(f"{field} needs more than gradients: {error}; take one that does not") from error
     return tx
 
 
 def taken(name: str) -> tuple[str, ...]:
     """Those of `OPTIONS` that an optimizer takes."""
-    parameters = inspect.signature(_factory(name)).parameters
-    return tuple(option for option in OPTIONS if option in parameters)
+    names = _own.parameters(_factory(name))
+    return tuple(option for option in OPTIONS if option in names)
+
+
+@contextlib.contextmanager
+def used() -> Iterator[None]:
+    """An error of an optimizer as it meets the parameters, or their gradients, names the field."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError) as error:
+        said = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
+        raise ValueError(
+            f"config.optimizer cannot be used here: {said}. It is given the gradients of {{'student': ..., 'method': "
+            "...}, the trees of both, and these parameters"
+        ) from error
 
 
 def _factory(name: str) -> Callable[..., optax.GradientTransformation]:

@@ -17,7 +17,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rkd_jax import _devices, losses, methods, models
+from rkd_jax import _devices, losses, methods, models, optim
 from rkd_jax.data import augment
 from rkd_jax.methods import Context, Distiller
 
@@ -145,11 +145,19 @@ def create_state(
     # What cannot be deployed is an error here, and not after the first epoch.
     deployed = jax.eval_shape(functools.partial(method.deploy, student, images), variables, method_params, method_state)
     _check_like(deployed, variables, f"{methods.called(method)}.deploy returned the student's variables")
+    with optim.used():
+        opt_state = tx.init(params)
+    for field, tree in (("config.optimizer", opt_state), (f"config.method={methods.called(method)!r}", method_state)):
+        if any(jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key) for leaf in jax.tree.leaves(tree)):
+            raise ValueError(
+                f"{field} keeps a jax.random.key in its state, which a checkpoint cannot hold; keep its "
+                "jax.random.key_data, or a jax.random.PRNGKey"
+            )
     return TrainState(
         step=jnp.int32(0),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
-        opt_state=tx.init(params),
+        opt_state=opt_state,
         method_state=method_state,
         bad_step=jnp.int32(-1),
     )
@@ -334,7 +342,9 @@ def _update(
         outputs, updated = learner.network.apply(
             variables, view, train=True, mutable=["batch_stats"], rngs={"dropout": rng}
         )
-        return outputs, updated.get("batch_stats", {})
+        updated = updated.get("batch_stats", {})
+        _check_like(updated, batch_stats, "config.student returned batch statistics")
+        return outputs, updated
 
     def apply(params):
         """The student's outputs on each view, and its batch statistics after the last."""
@@ -396,7 +406,8 @@ def _update(
         grads = jax.tree.map(jnp.add, *extra["term_grads"].values())
     else:
         grads = pullback((one, one))[0]
-    updates, opt_state = learner.tx.update(grads, state.opt_state, state.params, **extra)
+    with optim.used():
+        updates, opt_state = learner.tx.update(grads, state.opt_state, state.params, **extra)
     metrics = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
     bad = (state.bad_step < 0) & ~jnp.isfinite(metrics["loss"])
     state = TrainState(

@@ -26,6 +26,8 @@ from rkd_jax.models import _conv
 
 # Fields that say where things lie, or how they are brought to the device, not what is computed.
 ELSEWHERE = ("data_dir", "teacher_checkpoint", "checkpoint_seconds", "stream")
+# What was in effect before there were fields for it.
+BEFORE = {"optimizer": "sgd", "schedule": "step", "lr_warmup_epochs": 0.0}
 # Fields that a run may go on with in another value.
 SPOKEN = ("log_every", "eval_batch_size")
 # Fields that students of one program may have of their own, beside those of their methods.
@@ -384,7 +386,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> bool:
             fresh.replace(path)
         elif not os.access(workdir, os.W_OK):
             raise PermissionError("no permission")
-        there = _read_json(path)
+        there, config = ({**BEFORE, **known} for known in (_read_json(path), config))
     except OSError as error:
         raise OSError(f"--workdir={workdir} cannot be written ({error}); name another") from error
     names = [name for name in {**there, **config} if name not in ELSEWHERE + SPOKEN]

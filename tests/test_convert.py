@@ -165,7 +165,9 @@ def test_file_of_our_own_names_its_network_and_normalisation(tmp_path, capsys, s
     assert checkpoint.read_metadata(tmp_path / "c")["mean"] == list(cifar100.MEAN)
 
 
-@pytest.mark.parametrize("note", ["", "{", "3", '{"network": "resnet8"}', torch.zeros(2)])
+@pytest.mark.parametrize(
+    "note", ["", "{", "3", '{"network": "resnet8"}', '{"network": "os:abort", "mean": [0], "std": [1]}', torch.zeros(2)]
+)
 def test_note_that_says_nothing_is_no_harm(tmp_path, capsys, note):
     path = save({"model": state_dict("resnet8", 100), "rkd_jax": note}, tmp_path / "x.pth")
     out = command(capsys, "--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "a")

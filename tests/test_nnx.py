@@ -1,5 +1,7 @@
 """Networks of the user's own in Flax NNX."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -59,6 +61,50 @@ class Linen(nn.Module):
         features = nn.Conv(CHANNELS, (3, 3), name="stem")(images)
         features = nn.relu(nn.BatchNorm(not train, momentum=0.9, name="norm")(features))
         return nn.Dense(10, name="head")(features.mean((1, 2)))
+
+
+class Noisy(Net):
+    """Draws of another stream than "dropout", and of none by name."""
+
+    def __init__(self, num_classes, *, rngs):
+        super().__init__(num_classes, rngs=rngs)
+        self.constant = np.ones(10, np.float32)
+        self.rngs = rngs
+
+    def __call__(self, images):
+        logits = super().__call__(images).logits
+        self.seen = nnx.Intermediate((logits,))
+        return logits + self.constant * (jax.random.normal(self.rngs.noise()) + jax.random.normal(self.rngs()))
+
+
+class Passing(Net):
+    """What it is made with goes on to the class above."""
+
+    def __init__(self, num_classes, **rest):
+        super().__init__(num_classes, **rest)
+
+
+class Constant(Net):
+    def __init__(self, num_classes, *, rngs):
+        super().__init__(num_classes, rngs=rngs)
+        self.scales = jax.random.normal(rngs.params(), (3,))
+
+
+class Params(Net):
+    def __init__(self, num_classes, *, rngs):
+        super().__init__(num_classes, rngs=rngs)
+        self.params = nnx.Param(jnp.ones(3))
+
+
+class Late(Net):
+    """Statistics that are not there from the start."""
+
+    def __call__(self, images):
+        self.late = nnx.BatchStat(images.mean())
+        return super().__call__(images)
+
+
+dropping_by_half = functools.partial(Net, dropout=0.5)
 
 
 class Counts(nnx.Variable):
@@ -133,8 +179,9 @@ def test_initialisations_differ_by_their_key(digits):
     assert np.abs(kernels[0] - kernels[2]).max() > 0.1
 
 
-def test_dropout_is_of_the_steps_key(digits):
-    model = models.create("test_nnx:dropping", 10)
+@pytest.mark.parametrize("name", ["dropping", "dropping_by_half", "Noisy"])
+def test_what_is_drawn_is_of_the_steps_key(digits, name):
+    model = models.create(f"test_nnx:{name}", 10)
     variables = experiment.untrained(model, digits.shape[1:])
 
     def logits(key):
@@ -144,6 +191,11 @@ def test_dropout_is_of_the_steps_key(digits):
     np.testing.assert_array_equal(one, again)
     assert np.abs(one - other).max() > 0.01
     np.testing.assert_array_equal(*(model.apply(variables, digits).logits for _ in range(2)))
+
+
+def test_class_that_passes_its_rngs_on(digits):
+    model = models.create("test_nnx:Passing", 10)
+    assert model.apply(experiment.untrained(model, digits.shape[1:]), digits).logits.shape == (6, 10)
 
 
 def test_teacher_and_student_train_and_go_on(tiny, tmp_path, stopped):
@@ -179,6 +231,9 @@ def test_it_is_listed_without_the_count_of_linens_layers():
         ("without_rngs", "returned a Net; return a flax.linen.Module, or a flax.nnx.Module made with `rngs`"),
         ("without_classes", r"it is called as factory\(num_classes=10, rngs=rngs\)"),
         ("no_module", "returned a Rngs; return a flax.linen.Module"),
+        ("Constant", r"its array scales is no nnx\.Variable, .*; make it an nnx\.Param, an nnx\.BatchStat"),
+        ("Params", "its attribute 'params' has the name of a collection of Linen's; rename it"),
+        ("CHANNELS", "is a int, which cannot be called; write it as my_module:factory"),
     ],
 )
 def test_what_cannot_be_used_is_named(name, complaint):
@@ -186,7 +241,17 @@ def test_what_cannot_be_used_is_named(name, complaint):
         models.create(f"test_nnx:{name}", 10)
 
 
-def test_variables_that_would_not_be_kept_are_named(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"^config.student has variables 'Counts', and none but"):
-        train.train_and_evaluate(tiny(student="test_nnx:Counting"), tmp_path)
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("Counting", "has variables 'Counts', and none but 'params' and 'batch_stats'"),
+        (
+            "Late",
+            r"returned batch statistics with \['late'\] as float32\[\] in place of nothing; return the same names",
+        ),
+    ],
+)
+def test_variables_that_would_not_be_kept_are_named(tiny, tmp_path, name, complaint):
+    with pytest.raises(ValueError, match=f"^config.student {complaint}"):
+        train.train_and_evaluate(tiny(student=f"test_nnx:{name}"), tmp_path)
     assert not (tmp_path / "config.json").exists()

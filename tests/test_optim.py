@@ -86,8 +86,18 @@ def with_decay_alone(weight_decay):
     return optax.add_decayed_weights(weight_decay)
 
 
-def of_the_loss(learning_rate, weight_decay):
-    return optax.lbfgs(learning_rate)
+def by_groups(learning_rate):
+    """Other rates for other layers, by the names in their paths."""
+
+    def label(path, _):
+        return "head" if "linear" in [key.key for key in path] else "rest"
+
+    groups = {"head": optax.sgd(learning_rate), "rest": optax.sgd(lambda step: learning_rate(step) / 10)}
+    return optax.multi_transform(groups, lambda params: jax.tree_util.tree_map_with_path(label, params))
+
+
+def noisy(learning_rate):
+    return optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(learning_rate))
 
 
 def test_own_optimizer_is_given_what_it_takes():
@@ -103,7 +113,9 @@ def test_own_optimizer_is_given_what_it_takes():
         ("adamw", "is not one of this package, which has 'sgd'; write 'optax:adamw'"),
         ("optax:adamv", "cannot be imported: module 'optax' has no attribute 'adamv'; write it as my_module:factory"),
         ("optax:adam", "takes no weight_decay; set config.weight_decay=0, or take another"),
-        ("test_optim:of_the_loss", "needs more than gradients: .*'value'.*; take one that does not"),
+        ("optax.contrib:schedule_free_adamw", "has other parameters to test than to train, which is not done here"),
+        ("optax:__version__", "is a str, which cannot be called"),
+        (":adam", "is no name; write it as my_module:factory"),
         ("test_optim:with_decay_alone", r".*; it is called as factory\(learning_rate=schedule, ...\)"),
         ("test_optim:no_optimizer", "returned a float; return an optax.GradientTransformation"),
     ],
@@ -138,6 +150,15 @@ def test_run_by_another_optimizer_goes_on(tiny, tmp_path, stopped):
             r"config\.method='dot' splits the momentum of SGD, and there is none; set config\.momentum=0\.9 and "
             r"config\.optimizer='sgd'",
         ),
+        (
+            {"optimizer": "test_optim:clipped", "method": "dot", "weight_decay": 0.0},
+            r"config\.method='dot' splits the momentum of plain SGD, .*; set config\.optimizer='sgd'",
+        ),
+        (
+            {"optimizer": "optax:lbfgs", "weight_decay": 0.0},
+            r"config\.optimizer cannot be used here: .*'value'.* It is given the gradients",
+        ),
+        ({"optimizer": "test_optim:noisy", "weight_decay": 0.0}, r"config\.optimizer keeps a jax\.random\.key in its"),
     ],
 )
 def test_config_that_cannot_be(tiny, tmp_path, fields, complaint):
@@ -147,5 +168,20 @@ def test_config_that_cannot_be(tiny, tmp_path, fields, complaint):
 
 @pytest.mark.usefixtures("fast_compile")
 def test_optimizers_side_by_side(tiny, tmp_path):
-    rows = runs.sweep(tiny(sweep="optimizer=sgd,optax:adamw schedule=step,cosine", num_steps=3), tmp_path)
+    fields = {"sweep": "optimizer=sgd,test_optim:by_groups schedule=step,cosine", "weight_decay": 0.0, "num_steps": 3}
+    rows = runs.sweep(tiny(**fields), tmp_path)
     assert len({row["last"]["loss"] for row in rows}) == 4
+
+
+@pytest.mark.usefixtures("fast_compile")
+def test_run_from_before_these_fields_is_known(tiny, tmp_path):
+    config = tiny(num_steps=1)
+    runs.distil(config, tmp_path)
+    path = tmp_path / "config.json"
+    there = json.loads(path.read_text())
+    for name in ("optimizer", "schedule", "lr_warmup_epochs"):
+        del there[name]
+    path.write_text(json.dumps(there))
+    runs.distil(config, tmp_path)
+    with pytest.raises(ValueError, match=r"config\.schedule: 'step' there, 'cosine' here"):
+        runs.distil(tiny(num_steps=1, schedule="cosine"), tmp_path)

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 from rkd_jax import _flags, checkpoint, evaluate, experiment, metrics, steps, train
+from rkd_jax.models import __main__ as table
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -447,6 +448,19 @@ def test_an_error_in_code_of_ones_own_has_its_line(tiny, tmp_path, monkeypatch, 
     with pytest.raises(raised) as error:
         train.train_and_evaluate(tiny(method=f"{name}:Method"), tmp_path / "run")
     assert _flags.own_code(error.value) == f"{name}.py, line 9: return {label}"
+
+
+def test_an_error_as_a_module_is_imported_has_its_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "broken_module.py").write_text("import jax.numpy as jnp\n\nx = jnp.no_such_thing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        table.main(["broken_module:x"])
+    said, place = str(stop.value).splitlines()
+    assert said.startswith(
+        "Error: NAME='broken_module:x': broken_module cannot be imported, mend it there: module 'jax."
+    )
+    assert place == "(in broken_module.py, line 3: x = jnp.no_such_thing)"
 
 
 def test_main_names_the_line_in_code_of_ones_own(tmp_path):

@@ -105,16 +105,27 @@ def two_momenta(tx: optax.GradientTransformation, delta: float) -> optax.Gradien
 
 
 def momentum_of(tx: optax.GradientTransformation) -> float:
-    """The momentum of an SGD optimizer, read off what a unit gradient leaves in its trace after another step."""
+    """The momentum of an SGD optimizer, read off what a gradient of 1 leaves in its trace after another step.
+
+    ValueError where it has none, or where a large gradient does not go into the trace as it is: clipped, or scaled.
+    """
+    traces = []
     with jax.ensure_compile_time_eval():
         params = jnp.zeros(())
-        state = tx.init(params)
-        for gradient in (1.0, 0.0):
-            _, state = tx.update(jnp.float32(gradient), state, params)
-    trace = optax.tree_utils.tree_get(state, "trace")
+        for first in (1.0, 1e6):
+            state = tx.init(params)
+            for gradient in (first, 0.0):
+                _, state = tx.update(jnp.float32(gradient), state, params)
+                traces.append(optax.tree_utils.tree_get(state, "trace"))
+    trace = traces[1]
     if trace is None:
         raise ValueError(
             "config.method='dot' splits the momentum of SGD, and there is none; set config.momentum=0.9 and "
             "config.optimizer='sgd'"
+        )
+    if (float(traces[0]), float(traces[2])) != (1.0, 1e6):
+        raise ValueError(
+            "config.method='dot' splits the momentum of plain SGD, and this optimizer gathers the gradients in another "
+            "way; set config.optimizer='sgd'"
         )
     return round(float(trace), 6)

@@ -165,7 +165,7 @@ class Adapter(nn.Module):
 
 def _create_own(name: str, num_classes: int, dtype: Any, field: str) -> nn.Module:
     factory = _own.load(name, field, "factory")
-    taken = inspect.signature(factory.__init__ if inspect.isclass(factory) else factory).parameters
+    taken = _own.parameters(factory)
     options = {"num_classes": num_classes} | ({"dtype": dtype} if "dtype" in taken else {})
     if rngs := "rngs" in taken:
         from rkd_jax.models import _nnx  # here: importing NNX takes a tenth of a second

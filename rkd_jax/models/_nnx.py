@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,10 +13,21 @@ COLLECTIONS = {nnx.Param: "params", nnx.BatchStat: "batch_stats"}
 
 
 def to_linen(factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-    """The Linen module of the NNX module factory(rngs=..., **options), or what else the factory returns."""
+    """The Linen module of the NNX module factory(rngs=..., **options), or what else the factory returns.
+
+    TypeError where the module keeps arrays that would be made anew, or names them as Linen cannot.
+    """
     made: list[Any] = []
     jax.eval_shape(lambda: made.append(factory(rngs=nnx.Rngs(0), **options)))  # no array is computed
-    return FromNNX(functools.partial(factory, **options)) if isinstance(made[0], nnx.Module) else made[0]
+    if not isinstance(made[0], nnx.Module):
+        return made[0]
+    if hasattr(made[0], "params"):
+        raise TypeError("its attribute 'params' has the name of a collection of Linen's; rename it")
+    for path, module in nnx.iter_modules(made[0]):
+        for name, value in vars(module).items():
+            if isinstance(value, jax.Array):
+                _refuse((*path, name))
+    return FromNNX(functools.partial(factory, **options))
 
 
 class FromNNX(nn.Module):
@@ -33,9 +44,9 @@ class FromNNX(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> Any:
         """What the network returns, which is told `train` too where it takes it."""
         first = self.is_initializing()
-        key = self.make_rng("params") if first else jax.random.key(0)  # whose Params are replaced
-        streams = {"dropout": self.make_rng("dropout")} if self.has_rng("dropout") else {}
-        network = self.create(rngs=nnx.Rngs(key, **streams))
+        drawn = "params" if first else "dropout"
+        key = self.make_rng(drawn) if first or self.has_rng(drawn) else jax.random.key(0)  # of nothing that is used
+        network = self.create(rngs=nnx.Rngs(key))
         (self._keep if first else self._give)(network)
         (network.train if train else network.eval)()
         option = {"train": train} if "train" in inspect.signature(type(network).__call__).parameters else {}
@@ -45,23 +56,35 @@ class FromNNX(nn.Module):
         return outputs
 
     def _keep(self, network: nnx.Module) -> None:
-        for collection, arrays in _collections(network).items():
+        named: dict[str, dict[tuple[str, ...], jax.Array]] = {}
+        for collection, path, variable in _variables(network):
             if self.is_mutable_collection(collection):
-                named = {tuple(map(str, path)): array for path, array in arrays.items()}
-                for name, array in traverse_util.unflatten_dict(named).items():
-                    self.put_variable(collection, name, array)
+                named.setdefault(collection, {})[tuple(map(str, path))] = variable[...]
+        for collection, arrays in named.items():
+            for name, array in traverse_util.unflatten_dict(arrays).items():
+                self.put_variable(collection, name, array)
 
     def _give(self, network: nnx.Module) -> None:
-        for collection, arrays in _collections(network).items():
-            kept = traverse_util.flatten_dict(self.variables.get(collection, {}))
-            given = {path: kept[tuple(map(str, path))] for path in arrays}
-            nnx.update(network, traverse_util.unflatten_dict(given))
+        kept = traverse_util.flatten_dict(dict(self.variables))
+        given = {path: kept[collection, *map(str, path)] for collection, path, _ in _variables(network)}
+        nnx.update(network, traverse_util.unflatten_dict(given))
 
 
-def _collections(network: nnx.Module) -> dict[str, dict[tuple[Any, ...], jax.Array]]:
-    """A network's arrays by path, in Linen's collections; those of other kinds by the kind's name."""
-    found: dict[str, dict[tuple[Any, ...], jax.Array]] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(network, nnx.Not(nnx.RngState))):
-        names = [name for kind, name in COLLECTIONS.items() if isinstance(variable, kind)] or [type(variable).__name__]
-        found.setdefault(names[0], {})[path] = variable[...]
-    return found
+def _variables(network: nnx.Module) -> Iterator[tuple[str, tuple[Any, ...], nnx.Variable]]:
+    """A network's variables with Linen's collection, or their kind where that has none, and their path.
+
+    A NumPy array is a constant, which the network makes itself.
+    """
+    for path, leaf in nnx.to_flat_state(nnx.state(network, nnx.Not(nnx.RngState))):
+        if isinstance(leaf, jax.Array):
+            _refuse(path)
+        if isinstance(leaf, nnx.Variable):
+            collections = [name for kind, name in COLLECTIONS.items() if isinstance(leaf, kind)]
+            yield (collections or [type(leaf).__name__])[0], path, leaf
+
+
+def _refuse(path: tuple[Any, ...]) -> None:
+    raise TypeError(
+        f"its array {'.'.join(map(str, path))} is no nnx.Variable, and would be made anew in each step; make it an "
+        "nnx.Param, an nnx.BatchStat, which is carried on, or, of constants, a NumPy array"
+    )

@@ -34,7 +34,7 @@ def resume(model: nn.Module, variables: Any, stage: int, x: jax.Array, *, images
     with nn.intercept_methods(replace):
         outputs, _ = model.apply(variables, images, mutable=["batch_stats"], **options)
     if not put:
-        raise ValueError(f"{_called(model)} has no rkd_jax.models.Cut({_name(stage)}); put one there")
+        raise ValueError(f"{_called(model)} has no rkd_jax.models.Cut({_name(stage)}); put one there, in Linen")
     return outputs
 
 
@@ -57,7 +57,7 @@ def classifier(model: nn.Module, variables: Any, images: Any) -> tuple[str, ...]
     if len(after) != 2 or not isinstance(after[1], nn.Dense | nn.Conv):
         raise ValueError(
             f"{_called(model)} does not end with rkd_jax.models.Cut({_name(LAST)}), the average over positions, "
-            "and one flax.linen.Dense; let it"
+            "and one flax.linen.Dense; let it, in Linen"
         )
     return after[1].path
 
