@@ -60,10 +60,8 @@ def get_config() -> ConfigDict:
     config.decay_epochs = (150, 180, 210)  # "step": after each of these, the rate falls
     config.decay_factor = 0.1  # to this fraction
     config.lr_warmup_epochs = 0.0  # through these, the rate first rises
-    config.optimizer = (
-        "sgd"  # or "optax:adamw", or another "my_module:factory", called as factory(learning_rate=schedule)
-    )
-    config.momentum = 0.9  # this and the next for the optimizers that take it
+    config.optimizer = "sgd"  # or "optax:adamw", or any "my_module:factory"; of the next, it is given what it takes
+    config.momentum = 0.9
     config.nesterov = False
     config.weight_decay = 5e-4  # of every parameter; "sgd" adds it to the gradient
 

@@ -161,11 +161,8 @@ def build(config: ConfigDict) -> Experiment:
     fields.check_all_read()
 
     resolved = {name: value for name, value in values.items() if name not in _method_fields(values)}
-    resolved |= (
-        dict.fromkeys(unused)
-        | methods.hyperparameters(method)
-        | {"teacher_fingerprint": metadata.get("fingerprint", "")}
-    )
+    resolved |= dict.fromkeys(unused) | methods.hyperparameters(method)
+    resolved["teacher_fingerprint"] = metadata.get("fingerprint", "")
     resolved = json.loads(json.dumps(resolved))
     return Experiment(
         resolved, splits, student, teacher, teacher_variables, method, recipe, loop, schedule, method.wrap_optimizer(tx)
