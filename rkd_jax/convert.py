@@ -112,15 +112,20 @@ def save(path: str | os.PathLike, variables: Mapping[str, Any], name: str, metad
 
 
 def _noted(path: Path, found: Any) -> dict[str, Any]:
-    """What `save` noted in a file that holds `found`; {} where it is another's, or of a network of somebody's own."""
+    """What `save` noted in a file that holds `found`; {} where it is another's.
+
+    "network" is one of this package, or missing: no code that a file names is run.
+    """
     if path.suffix == ".safetensors":
         with safetensors.safe_open(path, "np") as file:
             found = file.metadata() or {}
     try:
         note = json.loads(found[NOTE])
         numbers = all(isinstance(x, float | int) for x in (*note["mean"], *note["std"]))
-        return note if numbers and note["network"] in models.names() else {}  # and no code that a file names
-    except (KeyError, TypeError, ValueError):
+        if note.get("network") not in models.names():
+            note.pop("network", None)
+        return note if numbers else {}
+    except (KeyError, TypeError, ValueError, AttributeError):
         return {}
 
 
@@ -252,7 +257,7 @@ def _normalisation(
                 f"--mean {args.mean} --std {args.std}: give them of pixels of 0..1, not 0..255; a std is above 0"
             )
         return {"mean": args.mean, "std": args.std, "normalisation": "command line"}
-    if noted and not args.dataset:
+    if not args.dataset and len(noted.get("mean", ())) == len(noted.get("std", ())) == channels:
         return {"mean": noted["mean"], "std": noted["std"], "normalisation": "the file's"}
     kind = args.dataset or ("pytorch-cifar-models" if zoo else {100: "cifar100", 200: "tiny_imagenet"}.get(num_classes))
     if kind is None or channels != 3:

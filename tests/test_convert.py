@@ -1,6 +1,7 @@
 """PyTorch files read and written: every layout, both formats, and what is wrong with the bad ones."""
 
 import collections
+import json
 import pickle
 import tarfile
 import zipfile
@@ -172,6 +173,14 @@ def test_note_that_says_nothing_is_no_harm(tmp_path, capsys, note):
     path = save({"model": state_dict("resnet8", 100), "rkd_jax": note}, tmp_path / "x.pth")
     out = command(capsys, "--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "a")
     assert "normalisation (cifar100)" in out
+
+
+def test_note_names_no_code(tmp_path, capsys):
+    note = {"network": "os:abort", "mean": [0.5] * 3, "std": [0.2] * 3}
+    path = save({"model": state_dict("resnet8", 100), "rkd_jax": json.dumps(note)}, tmp_path / "x.pth")
+    assert "--model is missing" in refusal(capsys, "--checkpoint", path, "--output", tmp_path / "a")
+    out = command(capsys, "--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "a")
+    assert "normalisation (the file's): mean [0.5, 0.5, 0.5]" in out
 
 
 class Evil:
