@@ -90,6 +90,12 @@ class Constant(Net):
         self.scales = jax.random.normal(rngs.params(), (3,))
 
 
+class Constants(Net):
+    def __init__(self, num_classes, *, rngs):
+        super().__init__(num_classes, rngs=rngs)
+        self.more = nnx.Dict(scales=nnx.data(jax.random.normal(rngs.params(), (3,))))
+
+
 class Params(Net):
     def __init__(self, num_classes, *, rngs):
         super().__init__(num_classes, rngs=rngs)
@@ -232,6 +238,7 @@ def test_it_is_listed_without_the_count_of_linens_layers():
         ("without_classes", r"it is called as factory\(num_classes=10, rngs=rngs\)"),
         ("no_module", "returned a Rngs; return a flax.linen.Module"),
         ("Constant", r"its array scales is no nnx\.Variable, .*; make it an nnx\.Param, an nnx\.BatchStat"),
+        ("Constants", r"its array more\.scales is no nnx\.Variable"),
         ("Params", "its attribute 'params' has the name of a collection of Linen's; rename it"),
         ("CHANNELS", "is a int, which cannot be called; write it as my_module:factory"),
     ],

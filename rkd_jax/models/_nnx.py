@@ -21,12 +21,7 @@ def to_linen(factory: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     jax.eval_shape(lambda: made.append(factory(rngs=nnx.Rngs(0), **options)))  # no array is computed
     if not isinstance(made[0], nnx.Module):
         return made[0]
-    if hasattr(made[0], "params"):
-        raise TypeError("its attribute 'params' has the name of a collection of Linen's; rename it")
-    for path, module in nnx.iter_modules(made[0]):
-        for name, value in vars(module).items():
-            if isinstance(value, jax.Array):
-                _refuse((*path, name))
+    _check(made[0])
     return FromNNX(functools.partial(factory, **options))
 
 
@@ -71,20 +66,21 @@ class FromNNX(nn.Module):
 
 
 def _variables(network: nnx.Module) -> Iterator[tuple[str, tuple[Any, ...], nnx.Variable]]:
-    """A network's variables with Linen's collection, or their kind where that has none, and their path.
-
-    A NumPy array is a constant, which the network makes itself.
-    """
+    """A network's variables with Linen's collection, or their kind where that has none, and their path."""
     for path, leaf in nnx.to_flat_state(nnx.state(network, nnx.Not(nnx.RngState))):
-        if isinstance(leaf, jax.Array):
-            _refuse(path)
-        if isinstance(leaf, nnx.Variable):
+        if isinstance(leaf, nnx.Variable):  # else it is a NumPy array, a constant that the network makes itself
             collections = [name for kind, name in COLLECTIONS.items() if isinstance(leaf, kind)]
             yield (collections or [type(leaf).__name__])[0], path, leaf
 
 
-def _refuse(path: tuple[Any, ...]) -> None:
-    raise TypeError(
-        f"its array {'.'.join(map(str, path))} is no nnx.Variable, and would be made anew in each step; make it an "
-        "nnx.Param, an nnx.BatchStat, which is carried on, or, of constants, a NumPy array"
-    )
+def _check(network: nnx.Module) -> None:
+    """TypeError where a network, as traced, has what `FromNNX` cannot carry on."""
+    if hasattr(network, "params"):
+        raise TypeError("its attribute 'params' has the name of a collection of Linen's; rename it")
+    attributes = [((*path, name), x) for path, module in nnx.iter_modules(network) for name, x in vars(module).items()]
+    for path, x in [*attributes, *nnx.to_flat_state(nnx.state(network))]:  # the state has those in lists and dicts
+        if isinstance(x, jax.Array):
+            raise TypeError(
+                f"its array {'.'.join(map(str, path))} is no nnx.Variable, and would be made anew in each step; make "
+                "it an nnx.Param, an nnx.BatchStat, which is carried on, or, of constants, a NumPy array"
+            )
