@@ -18,6 +18,7 @@ sys.path.append(os.getcwd())  # for a network or a method of one's own
 CONFIGS = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs"))
 EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError)
 FLAGS = flags.FLAGS
+NAMED = _flags.names_config(sys.argv)
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; default: configs/digits.py.")
 WORKDIR = flags.DEFINE_string(
     "workdir",
@@ -36,12 +37,16 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     _memory.keep()
     name = os.path.basename(config_flags.get_config_filename(FLAGS["config"]))
-    run = runs.run if MODE.value == "train" else evaluate.run
     try:
         if DISTRIBUTED.value:
             processes.initialize(DISTRIBUTED.value)
         name = os.path.splitext(name)[0] + ("-smoke" if CONFIG.value.get("smoke") else "")
-        run(CONFIG.value, WORKDIR.value or os.path.join("runs", name))
+        workdir = WORKDIR.value or os.path.join("runs", name)
+        if MODE.value == "train":
+            runs.run(CONFIG.value, workdir)
+        else:
+            changes = None if NAMED else config_flags.get_override_values(FLAGS["config"])
+            evaluate.run(CONFIG.value, workdir, changes)
     except Exception as error:
         foreseen, place = isinstance(error, EXPECTED), _flags.own_code(error)
         if TRACEBACK.value or not (foreseen or place):

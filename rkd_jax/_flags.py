@@ -21,12 +21,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def names_config(argv: list[str]) -> bool:
+    """Whether a command line names a config, and not only fields of one."""
+    return any(argument.lstrip("-").split("=")[0] == "config" for argument in argv)
+
+
 def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> list[str]:
     """Parses a command line with ml_collections' flag --config, a file of the default's folder; returns what is left.
 
     A field that the config lacks, or a config that cannot be read, ends the program in one sentence.
     """
-    if not any(argument.lstrip("-").split("=")[0] == "config" for argument in argv):
+    if not names_config(argv):
         argv = sys.argv = [argv[0], f"--config={default}", *argv[1:]]  # config_flags reads sys.argv
     try:
         arguments = app.parse_flags_with_usage(argv)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,10 +68,27 @@ def evaluate(config: ConfigDict, path: str | os.PathLike, field: str = "--workdi
     }
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]]:
+def recorded(path: Path, config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """The config of the run that trained a network, with some fields changed; `config`, where the folder names no set.
+
+    A folder that no run of this package made may name its data set all the same, in its metadata.
+    """
+    if path.name in ("best", "last") and (file := path.parent / "config.json").is_file():
+        return ConfigDict({**train.read_json(file), **changes})
+    metadata = checkpoint.read_metadata(path, "--workdir")
+    if not (dataset := metadata.get("dataset")):
+        return config
+    size = metadata.get("image_size") if ":" in dataset else None
+    return ConfigDict({**config.to_dict(), "dataset": dataset, "image_size": size, **changes})
+
+
+def run(
+    config: ConfigDict, workdir: str | os.PathLike, changes: Mapping[str, Any] | None = None
+) -> list[dict[str, Any]]:
     """What `python main.py --mode=eval` does: evaluates a network folder, or the best and last networks of runs.
 
     Prints a line for each, and writes them all, with command, commit, versions and device, to WORKDIR/evaluation.json.
+    changes: where the user named no config, the fields that are set; each network is then tested as `recorded` says.
     """
     workdir = Path(workdir)
     paths = (
@@ -91,12 +108,13 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]]:
         )
     results = []
     for path in paths:
-        result = evaluate(config, path)
-        results.append({"path": str(path), **result})
+        chosen = config if changes is None else recorded(path, config, changes)
+        result = evaluate(chosen, path)
+        results.append({"path": str(path), "dataset": chosen.dataset, **result})
+        images = f"{result['images']:,} " + ("random images" if chosen.smoke else f"test images of {chosen.dataset}")
         step = f"step {result['step']:,}: " if result["step"] is not None else ""
         print(
-            f"{path}: {result['network']}, {step}top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % "
-            f"({result['images']:,} test images)"
+            f"{path}: {result['network']}, {step}top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % ({images})"
         )
     record = json.dumps({"results": results, **train.provenance()}, indent=2)
     try:

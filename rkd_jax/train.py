@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rkd_jax import _devices, experiment, feed, methods, models, processes, steps
+from rkd_jax import _devices, experiment, feed, methods, models, optim, processes, steps
 from rkd_jax.checkpoint import Checkpoints, save_network
 from rkd_jax.metrics import Clock, Silent, Writer
 from rkd_jax.models import _conv
@@ -310,10 +310,11 @@ def _release(workdir: Path) -> None:
 
 def _finished(workdir: Path) -> dict[str, Any] | None:
     path = workdir / "summary.json"
-    return _read_json(path) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a run; ValueError, with the mend, where it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -386,7 +387,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> bool:
             fresh.replace(path)
         elif not os.access(workdir, os.W_OK):
             raise PermissionError("no permission")
-        there, config = ({**BEFORE, **known} for known in (_read_json(path), config))
+        there, config = ({**BEFORE, **known} for known in (read_json(path), config))
     except OSError as error:
         raise OSError(f"--workdir={workdir} cannot be written ({error}); name another") from error
     names = [name for name in {**there, **config} if name not in ELSEWHERE + SPOKEN]
@@ -424,23 +425,30 @@ def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
     names = methods.hyperparameters(method)
     with_fields = ", ".join(f"{name}={config[name]}" for name in names)
     teacher = f" from {config['teacher']}" if method.needs_teacher else ""
+    used = ("learning_rate", *optim.taken(config["optimizer"]))
+    options = ", ".join(f"{name}={config[name]}" for name in used)
     return (
         f"{config['student']} ({parameters:,} parameters) learns {config['dataset']}{teacher} by {config['method']}"
         + (f" ({with_fields})" if names else "")
         + f": {len(run.splits.train.labels):,} training and {len(run.splits.test.labels):,} test images, "
         f"{run.recipe.num_steps:,} steps of {run.recipe.batch_size}, seed {config['seed']}, on {device_name()}"
         + (" | SMOKE: random images" if config["smoke"] else "")
-        + (f" | optimizer {config['optimizer']}" if config["optimizer"] != "sgd" else "")
+        + (f" | optimizer {config['optimizer']} ({options})" if config["optimizer"] != "sgd" else "")
         + (f" | schedule {config['schedule']}" if config["schedule"] != "step" else "")
         + (f" | goes on from step {start:,}" if start else "")
-        + (f" | the rate never falls: config.decay_epochs={config['decay_epochs']}" if _flat(run) else "")
+        + _not_reached(run)
     )
 
 
-def _flat(run: experiment.Experiment) -> bool:
-    """Whether a run ends before the first of its decays."""
-    steps_of = [epoch * run.recipe.steps_per_epoch for epoch in run.config["decay_epochs"] or ()]
-    return bool(steps_of) and min(steps_of) >= run.recipe.num_steps and not run.config["smoke"]
+def _not_reached(run: experiment.Experiment) -> str:
+    """What of the rate's schedule a run is too short for."""
+    config, epochs = run.config, run.recipe.num_steps / run.recipe.steps_per_epoch
+    decays, warmup = config["decay_epochs"], config["lr_warmup_epochs"]
+    if config["smoke"]:
+        return ""
+    return (f" | the rate never falls: config.decay_epochs={decays}" if decays and min(decays) >= epochs else "") + (
+        f" | the rate rises to the end: config.lr_warmup_epochs={warmup}" if warmup > epochs else ""
+    )
 
 
 def _write_overview(params: Any, path: Path) -> None:

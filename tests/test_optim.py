@@ -126,9 +126,11 @@ def test_optimizer_that_cannot_be_used_is_named(name, complaint):
 
 
 @pytest.mark.usefixtures("fast_compile")
-def test_run_by_another_optimizer_goes_on(tiny, tmp_path, stopped):
+def test_run_by_another_optimizer_goes_on(tiny, tmp_path, stopped, capsys):
     config = tiny(optimizer="optax:adamw", schedule="cosine", lr_warmup_epochs=0.5, checkpoint_seconds=0.0)
     whole = runs.distil(config, tmp_path / "whole")
+    said = "| optimizer optax:adamw (learning_rate=0.01, nesterov=False, weight_decay=0.0005) | schedule cosine\n"
+    assert said in capsys.readouterr().out
     stopped(config, tmp_path / "run", 6)
     assert runs.distil(config, tmp_path / "run")["last"] == whole["last"]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -80,6 +80,38 @@ def test_evaluation_names_the_field_and_says_what_it_cannot_write(resnets, teach
         runs.compare(resnets(compare=True, teacher_checkpoint=str(tmp_path / "network")), tmp_path / "run")
 
 
+def test_evaluation_without_a_config_takes_that_of_each_run(tiny, teacher, tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 9, 9), np.uint8)
+    for i, image in enumerate(pixels):
+        path = tmp_path / "images" / f"{i % 3}"
+        path.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path / f"{i}.png")
+    own = {"dataset": f"folder:{tmp_path / 'images'}", "image_size": 8, "num_train": 32, "num_test": None}
+    alone = {"method": "cross_entropy", "teacher": "", "teacher_checkpoint": "", "num_steps": 1}
+    runs.distil(tiny(**own, **alone), tmp_path / "all" / "own")
+    runs.distil(tiny(**alone), tmp_path / "all" / "digits")
+    other = tiny(dataset="cifar100", num_test=None)
+    found = evaluate.run(other, tmp_path / "all", {"num_test": 3})
+    assert [(result["dataset"], result["images"]) for result in found[::2]] == [("digits", 3), (own["dataset"], 3)]
+    assert f"(3 test images of {own['dataset']})" in capsys.readouterr().out
+    found = evaluate.run(other, tmp_path / "all" / "digits" / "best", {})
+    assert (found[0]["dataset"], found[0]["images"]) == ("digits", 40)
+
+    moved = shutil.copytree(tmp_path / "all" / "own" / "best", tmp_path / "moved")  # from its run
+    assert evaluate.run(tiny(num_train=None, num_test=None), moved, {})[0]["dataset"] == own["dataset"]
+    assert evaluate.run(tiny(), teacher, {})[0]["dataset"] == "digits"  # of the config, for that folder names none
+    with pytest.raises(ValueError, match=r"was trained on 3 classes \(folder:.*\), config.dataset has 10"):
+        evaluate.run(tiny(), tmp_path / "all" / "own")
+
+
+def test_command_evaluates_a_run_without_its_config(tiny, tmp_path):
+    runs.distil(tiny(num_steps=1), tmp_path)
+    command = [sys.executable, str(ROOT / "main.py"), "--mode=eval", f"--workdir={tmp_path}", "--config.num_test=7"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count("(7 test images of digits)") == 2
+
+
 def test_takd_goes_through_its_assistants(resnets, tmp_path):
     summary = runs.distil(resnets(method="takd", assistant="resnet14", num_steps=2), tmp_path / "run")
     link = json.loads((tmp_path / "run" / "assistants" / "resnet14" / "summary.json").read_text())["config"]

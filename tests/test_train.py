@@ -251,11 +251,12 @@ def test_run_goes_on_with_another_log_every(tiny, tmp_path, monkeypatch):
     assert lines == [3, 6, 9, 10, 12]
 
 
-def test_rate_that_never_falls_is_said(tiny, tmp_path, capsys):
-    train.train_and_evaluate(tiny(num_steps=2, decay_epochs=(1, 2)), tmp_path / "short")
-    assert "the rate never falls: config.decay_epochs=[1, 2]" in capsys.readouterr().out
-    train.train_and_evaluate(tiny(num_steps=9, decay_epochs=(1, 2)), tmp_path / "long")
-    assert "never falls" not in capsys.readouterr().out
+def test_what_a_short_run_leaves_out_of_its_schedule_is_said(tiny, tmp_path, capsys):
+    train.train_and_evaluate(tiny(num_steps=2, decay_epochs=(1, 2), lr_warmup_epochs=1.5), tmp_path / "short")
+    said = "the rate never falls: config.decay_epochs=[1, 2] | the rate rises to the end: config.lr_warmup_epochs=1.5"
+    assert said in capsys.readouterr().out
+    train.train_and_evaluate(tiny(num_steps=9, decay_epochs=(1, 2), lr_warmup_epochs=1.0), tmp_path / "long")
+    assert "the rate" not in capsys.readouterr().out
     for epochs in (("a", "b"), (-5,)):
         with pytest.raises(ValueError, match=r"config\.decay_epochs=.* are no epochs"):
             train.train_and_evaluate(tiny(decay_epochs=epochs), tmp_path / "bad")
