@@ -110,11 +110,12 @@ def main():
         ours, theirs = (losses_of(folders[name, flags.first_seed] / "metrics.jsonl") for name in SAME)
         record["same_run"] = {step: abs(ours[step] / theirs[step] - 1) for step in sorted(ours)}
     flags.output.write_text(json.dumps(record, indent=1) + "\n")
+    found = table(records(flags.output))
     page, (start, end) = ROOT / "docs" / "findings.md", marks(flags.output)
-    before, found, rest = page.read_text().partition(start)
-    if found:
-        page.write_text(before + start + table(record) + end + rest.partition(end)[2])
-    print(table(record))
+    before, there, rest = page.read_text().partition(start)
+    if there:
+        page.write_text(before + start + found + end + rest.partition(end)[2])
+    print(found)
 
 
 def losses_of(path: Path) -> dict[int, float]:
@@ -123,25 +124,42 @@ def losses_of(path: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
 
 
+def records(path: Path) -> list[dict]:
+    """The record NAME.json that `path` belongs to, and the NAME_seed*.json that add seeds to it."""
+    name = path.stem.partition("_seed")[0]
+    paths = [*path.parent.glob(f"{name}.json"), *sorted(path.parent.glob(f"{name}_seed*.json"))]
+    return [json.loads(each.read_text()) for each in paths]
+
+
 def marks(path: Path) -> tuple[str, str]:
-    """The lines between which docs/findings.md has the table of the record at `path`."""
-    return f"<!-- {path.stem} -->\n", f"<!-- /{path.stem} -->\n"
+    """The lines between which docs/findings.md has the table of the records of `path`."""
+    name = path.stem.partition("_seed")[0]
+    return f"<!-- {name} -->\n", f"<!-- /{name} -->\n"
 
 
-def table(record: dict) -> str:
-    """Markdown of the results."""
-    count = len(next(iter(record["rows"].values()))["last"])
-    if count == 1:
+def by_seed(found: list[dict], loss: str, kind: str) -> dict[int, float]:
+    """Seed -> top-1 of a loss, over several records; kind: the "last" epoch, or the "best"."""
+    rows = [record["rows"][loss] for record in found if loss in record["rows"]]
+    return {row["config"]["seed"] + i: value for row in rows for i, value in enumerate(row[kind])}
+
+
+def table(found: list[dict]) -> str:
+    """Markdown of the results of one or several records."""
+    names = list(dict.fromkeys(name for record in found for name in record["rows"]))
+    last, best = ({name: by_seed(found, name, kind) for name in names} for kind in ("last", "best"))
+    seeds = sorted({seed for values in last.values() for seed in values})
+    if len(seeds) == 1:
         lines = ["| loss | top-1 %, last epoch | best epoch |", "|---|---|---|"]
-        lines += [f"| {name} | {row['last'][0]:.2f} | {row['best'][0]:.2f} |" for name, row in record["rows"].items()]
+        lines += [f"| {name} | {last[name][seeds[0]]:.2f} | {best[name][seeds[0]]:.2f} |" for name in names]
         return "\n".join(lines) + "\n"
-    lines = [
-        f"| loss | top-1 %, last epoch, mean of {count} seeds | each seed | best epoch, mean |",
-        "|---|---|---|---|",
-    ]
-    for name, row in record["rows"].items():
-        seeds = ", ".join(f"{value:.2f}" for value in row["last"])
-        lines.append(f"| {name} | {row['mean_last']:.2f} | {seeds} | {statistics.mean(row['best']):.2f} |")
+    heads = " | ".join(f"seed {seed}" for seed in seeds)
+    lines = [f"| loss | top-1 %, last epoch: {heads} | mean (standard deviation) | best epoch, mean |"]
+    lines.append("|---" * (len(seeds) + 3) + "|")
+    for name in names:
+        each = " | ".join(f"{last[name][seed]:.2f}" if seed in last[name] else "" for seed in seeds)
+        values = list(last[name].values())
+        mean = f"{statistics.mean(values):.2f} ({statistics.stdev(values):.2f})" if len(values) > 1 else ""
+        lines.append(f"| {name} | {each} | {mean} | {statistics.mean(best[name].values()):.2f} |")
     return "\n".join(lines) + "\n"
 
 
