@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rkd_jax import ranking
+from rkd_jax import ranking, train
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ((64, 100), (128, 200), (1024, 100), (256, 1000))
@@ -207,12 +206,11 @@ def conditions(flags, peers):
     """What a reader needs to repeat the run."""
     packages = ["jax", "jaxlib", "numpy", *(["torch", "torchsort"] if "torchsort" in peers else [])]
     packages += ["softjax"] if "softjax" in peers else []
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     return {
         "command": "python -m benchmarks.soft_rank " + shlex.join(sys.argv[1:]),
         "config": {"repeats": flags.repeats, "seconds": flags.seconds, "threads": 1},
         "seed": 0,
-        "commit": git.stdout.strip(),
+        "commit": train.provenance()["commit"],
         "device": jax.devices()[0].device_kind + f", {processor()}, cores in use {len(os.sched_getaffinity(0))}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},

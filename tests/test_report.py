@@ -306,7 +306,7 @@ def test_smoke_runs_train_go_on_and_make_a_table(flags, tiny, tmp_path, monkeypa
 def test_given_teacher_is_evaluated(teacher, tiny, tmp_path):
     config = tiny(method="cross_entropy", teacher="", teacher_checkpoint="")
     planned = run.Run("digits_resnet8/teacher-seed0", tmp_path, config, [cells.Cell(PAIR, "teacher", 0)], teacher)
-    assert run.execute([planned], tmp_path / "r", "full") == []
+    assert run.execute([planned], tmp_path / "r", "full") == {}
     record = json.loads((tmp_path / "r" / "full" / PAIR / "teacher-seed0.json").read_text())
     assert record["given"] == str(teacher)
     assert record["best"]["top1"] == record["last"]["top1"]

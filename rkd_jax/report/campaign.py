@@ -30,7 +30,7 @@ from rkd_jax.report import cells, pack, paper, run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIR = "cifar100_res32x4_res8x4"
-NOT_PACKED = ("state", "state.new", "work", "data", "cache")  # of DIR; of work, a part: see `Campaign.files`
+NOT_PACKED = ("state", "state.new", "packed", "work", "data", "cache")  # of DIR; of work, a part: `Campaign.files`
 
 
 class Scale(NamedTuple):
@@ -101,10 +101,19 @@ class Campaign:
         self.results, self.work = out / "results" / "tables", out / "work"
         self._start = time.monotonic()
         self._end = self._start + 60 * minutes - SCALES[scale].margin
+        self._whole = self.left()
+        self._holds_device = False
         self._record_path = out / "campaign.json"
-        if not self._record_path.exists() and (out / "state" / "part-0").exists():
+        packed = pack.state(out / "state")
+        if not self._record_path.exists() and packed:
             pack.unpack(out / "state", out)
+            (out / "packed").write_text(packed)
             print(f"unpacked {out / 'state'}")
+        if packed and packed not in _lines(out / "packed"):
+            raise ValueError(
+                f"--out={out}: state/ is not the state of what else it holds; put it into a new folder and name that, "
+                "or remove it and go on with the rest"
+            )
         self.record: dict[str, Any] = {"scale": scale, "items": {}}
         if self._record_path.exists():
             self.record = json.loads(self._record_path.read_text())
@@ -151,6 +160,12 @@ class Campaign:
         """Seconds of this slice that are left for work."""
         return self._end - time.monotonic()
 
+    def given(self, networks: Sequence[str]) -> None:
+        """Notes teachers that were not trained here: the state is without them."""
+        if networks:
+            self.record["given"] = sorted({*self.record.get("given", ()), *networks})
+            self._write()
+
     # Doing it.
 
     def slice(self) -> None:
@@ -180,11 +195,15 @@ class Campaign:
     def _begin(self, item: Item) -> bool:
         """Takes up an item; False where this slice is over."""
         if item.command:
-            if self.left() < item.seconds:
-                print(f"\n{item.name} is left for the next slice: it takes about {item.seconds:.0f} s")
-            else:
-                self._note(item, **self._benchmark(item))
+            begun = self.left()
+            if self._holds_device or begun < min(item.seconds, 0.9 * self._whole):
+                print(f"\n{item.name} is left for the next slice: it takes the device alone, for {item.seconds:.0f} s")
+            elif facts := self._benchmark(item):
+                self._note(item, **facts)
+            elif begun >= 0.9 * self._whole:
+                self._note(item, state="failed", note="not done within a slice; give more --minutes")
             return True
+        self._holds_device = True
         _devices.start()
         if self.left() < SCALES[self.scale].least:
             return False
@@ -193,24 +212,32 @@ class Campaign:
             self._note(item, state="skipped", note=f"there is no {teacher}; --teachers DIR names DIR/{teacher}")
             return True
         print(f"\n== {item.name}", flush=True)
-        planned = self.plan(item)
-        todo = run.missing(planned, self.results, self._cells_scale)
-        errors = run.execute(todo, self.results, self._cells_scale, together=len(planned))
+        planned, errors = self.plan(item), {}
+        for group in run.groups(run.missing(planned, self.results, self._cells_scale), len(planned)):
+            if self.left() < SCALES[self.scale].least:
+                return False
+            errors |= run.execute(group, self.results, self._cells_scale, together=len(group))
+        note = {"note": "; ".join(f"{name}: {error}" for name, error in errors.items())} if errors else {}
+        if any(isinstance(error, MemoryError) for error in errors.values()):  # perhaps others', and gone next time
+            self._note(item, state="stopped", **note)
+            return False
         with _uninterrupted():
             facts = self._keep(item, planned)
-            self._note(item, state="failed" if errors else "done", **facts, **({"note": errors} if errors else {}))
+            self._note(item, state="failed" if errors else "done", **facts, **note)
             self.save()
         return True
 
-    def _benchmark(self, item: Item) -> dict[str, Any]:
-        """Runs a benchmark in a process of its own, before this one takes the device."""
+    def _benchmark(self, item: Item) -> dict[str, Any] | None:
+        """Runs a benchmark in a process of its own, before this one takes the device; None: the slice was too short."""
         output = self.out / "results" / f"{item.command[0].split('.')[1]}.json"
         command = [sys.executable, "-m", *item.command, "--output", os.path.relpath(output, ROOT)]
         print(f"\n== {item.name}: python {' '.join(command[1:])}", flush=True)
+        env = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
         try:
-            ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=self.left() - 1)
+            ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=self.left() - 1, env=env)
         except subprocess.TimeoutExpired:
-            return {"state": "failed", "note": "not done within the slice"}
+            print("not done within this slice")
+            return None
         if ran.returncode:
             note = ((ran.stderr + ran.stdout).strip() or f"exit {ran.returncode}").splitlines()[-1]
             print(f"failed: {note}")
@@ -220,16 +247,23 @@ class Campaign:
 
     def _note(self, item: Item, **facts: Any) -> None:
         self.record["items"][item.name] = facts
+        self._write()
+
+    def _write(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         self._record_path.write_text(json.dumps(self.record, indent=1) + "\n")
 
     def _keep(self, item: Item, planned: Sequence[run.Run]) -> dict[str, Any]:
-        """Of an item's finished runs, keeps the best networks, as float16, and the curves; removes the rest."""
+        """Of an item's runs, keeps the finished ones' best networks, as float16, and the curves; removes the rest."""
         speeds = {}
         for each in planned:
+            cell, facts = each.cells[0], {}
+            if (metrics := each.folder / "metrics.jsonl").exists():
+                curves = self.out / "results" / "curves" / item.name / each.config.student
+                curves.mkdir(parents=True, exist_ok=True)
+                shutil.copy(metrics, curves / f"{cell.name}.jsonl")
             if each.given or not (each.folder / "summary.json").exists():
                 continue
-            cell, facts = each.cells[0], {}
             summary = json.loads((each.folder / "summary.json").read_text())
             speeds[cell.name] = summary["images_per_second"]
             network = self.out / "networks" / item.name / each.config.student / cell.name
@@ -243,17 +277,19 @@ class Campaign:
                 trained = {"top1": summary["best"]["top1"], **{k: summary[k] for k in ("commit", "device", "date")}}
                 facts = {"top1": result["top1"], "top5": result["top5"], "trained": trained}
                 halve(network, network, **facts)
-            curves = self.out / "results" / "curves" / item.name / each.config.student
-            curves.mkdir(parents=True, exist_ok=True)
-            shutil.copy(each.folder / "metrics.jsonl", curves / f"{cell.name}.jsonl")
         shutil.rmtree(self.work / item.name, ignore_errors=True)
         return {"images_per_second": speeds}
 
     # What lasts.
 
     def files(self) -> dict[str, Path]:
-        """What the next slice needs, by name: of runs under way the newest checkpoint, and the best network."""
+        """What the next slice needs, by name: of runs under way the newest checkpoint, and the best network.
+
+        Not the teachers that were given, for the same command names them again.
+        """
         found = [path for each in sorted(self.out.glob("*")) if each.name not in NOT_PACKED for path in _below(each)]
+        given = {self.out / "teachers" / name for name in self.record.get("given", ())}
+        found = [path for path in found if given.isdisjoint(path.parents)]
         for config in sorted(self.work.rglob("config.json")):
             folder = config.parent
             found += [folder / name for name in ("config.json", "metrics.jsonl", "summary.json")]
@@ -265,11 +301,20 @@ class Campaign:
         return {str(path.relative_to(self.out)): path for path in found if path.is_file()}
 
     def save(self) -> None:
-        """Packs the state; an error where it is too large."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        self._record_path.write_text(json.dumps(self.record, indent=1) + "\n")
-        size = pack.pack(self.files(), self.out / "state", self.limit)
-        print(f"state: {size / 2**20:.1f} MiB in {self.out / 'state'}", flush=True)
+        """Packs the state, and says where it is too large."""
+        self._write()
+        size, folders = pack.pack(self.files(), self.out / "state")
+        (self.out / "packed").write_text(pack.state(self.out / "state") + "\n")
+        said = f"state: {size / 2**20:.1f} MiB in {self.out / 'state'}"
+        if size > self.limit:
+            largest = sorted(folders.items(), key=lambda folder: -folder[1])[:8]
+            said = (
+                f"WARNING: {said} are more than --state_mib={self.limit >> 20}: "
+                + ", ".join(f"{name} {size / 2**20:.1f}" for name, size in largest)
+                + ". Carry all parts all the same, or copy what is finished (networks/, teachers/ that no later item "
+                "needs) elsewhere and delete it here"
+            )
+        print(said, flush=True)
 
     def next(self) -> str:
         """What is done, what failed or was skipped, and what is next, with the time that it will take."""
@@ -278,7 +323,7 @@ class Campaign:
         lines = [f"{len(done)} of {len(listed)} items are done"]
         for item in listed:
             facts = notes.get(item.name, {})
-            if facts.get("state") in ("failed", "skipped"):
+            if facts.get("state") in ("failed", "skipped", "stopped"):
                 lines.append(f"{facts['state']}: {item.name}: {facts.get('note')}")
         waiting = [item for item in self.open_items() if notes.get(item.name, {}).get("state") != "skipped"]
         for i, item in enumerate(waiting):
@@ -289,7 +334,7 @@ class Campaign:
         """How long an item will take, by the images per second measured in it."""
         if item.command:
             return f"about {timedelta(seconds=item.seconds)}"
-        seconds = 0.0
+        seconds, where = 0.0, ""
         for group in run.groups(run.missing(self.plan(item), self.results, self._cells_scale), len(item.members)):
             config, folder = group[0].config, group[0].folder
             lines = [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
@@ -349,13 +394,16 @@ def _random_data(folder: Path) -> None:
         _prepared.write_cache("cifar100", folder, data.random("cifar100", 320, 100))
 
 
-def _take_teachers(given: Path, target: Path, scale: str) -> None:
-    """Copies the teachers that are given and that the campaign has none of yet."""
+def _take_teachers(given: Path, target: Path, scale: str) -> list[str]:
+    """Copies the teachers that are given and that the campaign has none of yet; returns their names."""
+    taken = []
     for item in items(scale):
         for cell in item.members:
             network = cells.configure(cell, SCALES[scale].cells).teacher
             if network and run.find(target, network) is None and (found := run.find(given, network)):
                 shutil.copytree(found, target / network)
+                taken.append(network)
+    return taken
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -379,7 +427,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _random_data(flags.out / "data")
         campaign = Campaign(flags.out, flags.scale, flags.minutes, data_dir, flags.dtype, flags.state_mib << 20)
         if flags.teachers:
-            _take_teachers(flags.teachers, flags.out / "teachers", flags.scale)
+            campaign.given(_take_teachers(flags.teachers, flags.out / "teachers", flags.scale))
         if flags.minutes > 0:
             campaign.slice()
         else:

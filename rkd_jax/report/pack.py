@@ -20,10 +20,10 @@ HEADER = 512  # bytes kept for a part's first line
 TEXT = (".json", ".jsonl", ".txt", ".md")  # suffixes of files that are not arrays
 
 
-def pack(files: Mapping[str, Path], folder: Path, limit: int) -> int:
-    """Writes `files`, by name, as `folder`/part-0, part-1, ..., in place of what is there; returns their bytes.
+def pack(files: Mapping[str, Path], folder: Path) -> tuple[int, dict[str, int]]:
+    """Writes `files`, by name, as `folder`/part-0, part-1, ..., in place of what is there.
 
-    ValueError, naming the sizes, where the parts have more than `limit` bytes together; what is there stays.
+    Returns the bytes of all parts, and what they come to in each folder of `files`.
     """
     buffer, sizes = io.BytesIO(), {}
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
@@ -34,9 +34,6 @@ def pack(files: Mapping[str, Path], folder: Path, limit: int) -> int:
     whole = buffer.getbuffer()
     step = PART - HEADER
     chunks = [whole[start : start + step] for start in range(0, len(whole), step)]
-    total = len(whole) + HEADER * len(chunks)
-    if total > limit:
-        raise ValueError(_too_large(sizes, total, limit))
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -46,7 +43,19 @@ def pack(files: Mapping[str, Path], folder: Path, limit: int) -> int:
         (fresh / f"part-{i}").write_bytes(json.dumps(facts).encode() + b"\n" + chunk)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
-    return total
+    folders: dict[str, int] = {}
+    for name, size in sizes.items():
+        place = "/".join(name.split("/")[:2])
+        folders[place] = folders.get(place, 0) + size
+    return len(whole) + HEADER * len(chunks), folders
+
+
+def state(folder: Path) -> str | None:
+    """What `folder`'s parts are parts of, by its SHA-256; None where there are none, or the first is damaged."""
+    try:
+        return json.loads((folder / "part-0").read_bytes().partition(b"\n")[0])["state"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def unpack(folder: Path, target: Path) -> None:
@@ -87,17 +96,3 @@ def _by_word(content: bytes) -> bytes:
     """Undoes `_by_significance`."""
     whole = len(content) // 4 * 4
     return np.frombuffer(content[:whole], np.uint8).reshape(4, -1).T.tobytes() + content[whole:]
-
-
-def _too_large(sizes: Mapping[str, int], total: int, limit: int) -> str:
-    folders: dict[str, int] = {}
-    for name, size in sizes.items():
-        place = "/".join(name.split("/")[:2])
-        folders[place] = folders.get(place, 0) + size
-    largest = sorted(folders.items(), key=lambda item: -item[1])[:8]
-    return (
-        f"the state takes {total / 2**20:.1f} MiB and may take {limit / 2**20:.1f}: "
-        + ", ".join(f"{name} {size / 2**20:.1f}" for name, size in largest)
-        + "; copy what is finished (networks/, teachers/ that no later item needs) elsewhere and delete it here, or "
-        "raise --state_mib"
-    )

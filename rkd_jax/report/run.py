@@ -107,14 +107,15 @@ def groups(todo: Iterable[Run], together: int) -> list[list[Run]]:
     return [group[i : i + together] for group in found.values() for i in range(0, len(group), together)]
 
 
-def execute(todo: Sequence[Run], results: Path, scale: str, together: int = 1) -> list[str]:
-    """Runs what is to be run and writes its cells' results; returns the errors of runs that failed.
+def execute(todo: Sequence[Run], results: Path, scale: str, together: int = 1) -> dict[str, Exception]:
+    """Runs what is to be run and writes its cells' results; returns the errors of runs that failed, by their names.
 
     Where one of a group diverges, or the device's memory does not suffice for it, its runs go on one by one.
     """
     for config in {run.config.dataset: run.config for run in todo}.values():
         experiment.load_splits(experiment.Fields(config.to_dict()))  # what is not there is said before the first run
-    errors, queue = [], groups(todo, together)
+    errors: dict[str, Exception] = {}
+    queue = groups(todo, together)
     for place, group in enumerate(queue, start=1):
         names = ", ".join(run.name for run in group)
         print(f"\n[{place}/{len(queue)}] {names}", flush=True)
@@ -125,7 +126,7 @@ def execute(todo: Sequence[Run], results: Path, scale: str, together: int = 1) -
             if len(group) > 1:
                 queue += [[run] for run in group]
             else:
-                errors.append(f"{names}: {error}")
+                errors[names] = error
             continue
         for run, summary in zip(group, summaries, strict=True):
             for cell in run.cells:
@@ -219,7 +220,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors = execute(todo, flags.results, flags.scale, flags.together)
         print(f"\nThe results are in {flags.results / flags.scale}; python -m rkd_jax.report.tables prints the tables")
     if errors:
-        sys.exit("\n".join(["Error: these runs failed; the others are done:", *errors]))
+        lines = [f"{name}: {error}" for name, error in errors.items()]
+        sys.exit("\n".join(["Error: these runs failed; the others are done:", *lines]))
 
 
 if __name__ == "__main__":
