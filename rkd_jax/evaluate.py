@@ -69,17 +69,24 @@ def evaluate(config: ConfigDict, path: str | os.PathLike, field: str = "--workdi
 
 
 def recorded(path: Path, config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """The config of the run that trained a network, with some fields changed; `config`, where the folder names no set.
+    """The config of the run that trained a network, with some fields changed; apart from its run, `config` on its set.
 
-    A folder that no run of this package made may name its data set all the same, in its metadata.
+    It is `config`, which has the changes, where they name a data set, or the folder names none. ValueError where it
+    names one whose images can be had in any size, and no run beside it says in which.
     """
+    if "dataset" in changes:
+        return config
     if path.name in ("best", "last") and (file := path.parent / "config.json").is_file():
         return ConfigDict({**train.read_json(file), **changes})
-    metadata = checkpoint.read_metadata(path, "--workdir")
-    if not (dataset := metadata.get("dataset")):
+    dataset = checkpoint.read_metadata(path, "--workdir").get("dataset", "")
+    if not dataset:
         return config
-    size = metadata.get("image_size") if ":" in dataset else None
-    return ConfigDict({**config.to_dict(), "dataset": dataset, "image_size": size, **changes})
+    if ":" in dataset:
+        raise ValueError(
+            f"--workdir={path} was trained on {dataset}, and is apart from its run; name --config.dataset and "
+            "--config.image_size"
+        )
+    return ConfigDict({**config.to_dict(), "dataset": dataset})
 
 
 def run(

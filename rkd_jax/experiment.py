@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -216,15 +216,26 @@ def alone(config: ConfigDict, network: str) -> ConfigDict:
     """The same run with no teacher: cross-entropy for one network, on the same views and epochs."""
     copy = config.copy_and_resolve_references()
     with copy.unlocked():
+        for name in _method_fields(config) - set(methods.fields()):
+            del copy[name]
         for name in methods.fields():
             copy[name] = None
         copy.update(method="cross_entropy", student=network, teacher="", teacher_checkpoint="", compare=False, sweep="")
     return copy
 
 
+def drop_foreign(configs: Sequence[ConfigDict], keep: Set[str]) -> None:
+    """Takes from each config the fields that methods of one's own have in the others, and its own has not."""
+    known = [_method_fields(config) for config in configs]
+    own = set().union(*known) - set(methods.fields()) - keep
+    for config, mine in zip(configs, known, strict=True):
+        with config.unlocked():
+            for name in own - mine:
+                del config[name]
+
+
 def _method_fields(values: Mapping[str, Any]) -> set[str]:
-    own = [values["method"]] if ":" in values["method"] else []
-    return set(values) & set(methods.fields(*own))
+    return set(values) & set(methods.fields(*methods.own(values)))
 
 
 def create_method(config: ConfigDict) -> methods.Distiller:

@@ -93,6 +93,7 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
             )
         axes.append([(field, value) for value in values.split(",")])
     members: list[tuple[str, ConfigDict]] = []
+    swept = {field for axis in axes for field, _ in axis}
     for choice in itertools.product(*axes):
         member = config.copy_and_resolve_references()
         member.sweep = ""
@@ -101,10 +102,11 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
         if any(other.to_dict() == member.to_dict() for _, other in members):
             raise ValueError(f"config.sweep={config.sweep!r} names a student twice; name each once")
         members.append((",".join(f"{field}={value}" for field, value in choice), member))
-    if (small := {field for axis in axes for field, _ in axis} & {*experiment.SMOKE}) and config.smoke:
+    if (small := swept & {*experiment.SMOKE}) and config.smoke:
         raise ValueError(
             f"config.smoke sets config.{min(small)} itself, which config.sweep varies; leave one of them out"
         )
+    experiment.drop_foreign([config, *(member for _, member in members)], keep=swept)
     return members
 
 
@@ -153,9 +155,10 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
     rows.append({"role": "student alone", "network": config.student, "method": "cross_entropy", **summary})
     summary = distil(config, workdir / "distilled")
     rows.append({"role": "student distilled", "network": config.student, "method": config.method, **summary})
-    record = {"rows": rows, **train.provenance()}
-    (workdir / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
-    print("\n" + table(rows))
+    if processes.leads():
+        record = {"rows": rows, **train.provenance()}
+        (workdir / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
+        print("\n" + table(rows))
     return rows
 
 

@@ -90,6 +90,7 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
         for group in _groups(students):
             with _devices.memory(_smaller(group)):
                 _train(group, mesh)
+    processes.agree(None)  # what process 0 wrote is there now, for all: a chain's next run reads it
     for i, student in zip(open_ones, students, strict=True):
         summaries[i] = student.summary or None
     if failed := [student for student in students if student.bad_step is not None]:
@@ -468,7 +469,7 @@ def device_name() -> str:
 def provenance() -> dict[str, Any]:
     """What a result must name: command, commit, versions, device, whose convolutions, date."""
     module = sys.modules["__main__"].__spec__  # None for a script
-    script = ["-m", module.name] if module else [os.path.relpath(sys.argv[0])]
+    script = ["-m", module.name] if module else [os.path.relpath(path) for path in sys.argv[:1] if path]  # "": a prompt
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
     return {
         "command": shlex.join(["python", *script, *sys.argv[1:]]),
@@ -481,7 +482,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, with "+" where it was changed since; None outside git."""
+    """The commit of this source tree, with "+" where it was changed since; outside git, $RKD_JAX_COMMIT, or None."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -490,7 +491,7 @@ def _commit() -> str | None:
     try:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("RKD_JAX_COMMIT")
 
 
 def _summary(run: experiment.Experiment, progress: Mapping[str, Any], parameters: int, together: int) -> dict[str, Any]:

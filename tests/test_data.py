@@ -425,6 +425,15 @@ def test_folder_with_splits(tmp_path):
     assert data.load(f"folder:{tmp_path}").num_classes == 4
 
 
+def test_folder_whose_test_images_have_another_name(tmp_path):
+    write_folder(tmp_path / "train", {"ape": 3, "bee": 2})
+    write_folder(tmp_path / "validation", {"ape": 1, "bee": 2})
+    assert len(data.load(f"folder:{tmp_path}").test.labels) == 3
+    (tmp_path / "validation").rename(tmp_path / "dev")
+    with pytest.raises(ValueError, match=r"train holds folders, and there is no test/ beside it \(nor val/, "):
+        data.load(f"folder:{tmp_path}")
+
+
 def test_folder_without_splits(tmp_path):
     write_folder(tmp_path, {"ape": 20, "bee": 10})
     Image.new("RGB", (30, 30), (50, 50, 50)).save(tmp_path / "bee" / "odd.jpg")
@@ -442,6 +451,10 @@ def test_folder_errors(tmp_path):
     write_folder(tmp_path, {"ape": 2, "bee": 2})
     with pytest.raises(ValueError, match="no class has ten images"):
         data.load(f"folder:{tmp_path}")
+    Image.fromarray(np.full((10, 12), 60000, np.uint16)).save(tmp_path / "bee" / "deep.png")
+    with pytest.raises(ValueError, match=r"deep.png has more than 8 bits a pixel \(PIL's mode I.*\); convert it to 8"):
+        data.load(f"folder:{tmp_path}")
+    (tmp_path / "bee" / "deep.png").unlink()
     (tmp_path / "bee" / "text.png").write_text("words")
     with pytest.raises(ValueError, match=r"text.png is no image that PIL reads"):
         data.load(f"folder:{tmp_path}")

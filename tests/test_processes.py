@@ -23,7 +23,15 @@ from ml_collections import ConfigDict
 from rkd_jax import processes, runs
 if {where!r}:
     processes.initialize({where!r})
+{first}
 runs.run(ConfigDict({config!r}), {workdir!r})
+"""
+
+SLOW_DISK = """
+import time
+from rkd_jax import train
+save = train.save_network
+train.save_network = lambda *args: [time.sleep(2.0), save(*args)]
 """
 
 
@@ -33,8 +41,8 @@ def slow(tiny):
     return lambda **fields: tiny(**{"num_steps": 20, "log_every": 1, "learning_rate": 1e-4, "batch_size": 16, **fields})
 
 
-def start(config, workdir, devices=1, where=""):
-    script = SCRIPT.format(root=str(ROOT), where=where, config=config.to_dict(), workdir=str(workdir))
+def start(config, workdir, devices=1, where="", first=""):
+    script = SCRIPT.format(root=str(ROOT), where=where, first=first, config=config.to_dict(), workdir=str(workdir))
     flags = f"{FAST_FLAGS} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
@@ -42,11 +50,11 @@ def start(config, workdir, devices=1, where=""):
     )  # fmt: skip
 
 
-def start_two(config, workdir):
+def start_two(config, workdir, first=""):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    return [start(config, workdir, where=f"localhost:{port},{index},2") for index in range(2)]
+    return [start(config, workdir, where=f"localhost:{port},{index},2", first=first) for index in range(2)]
 
 
 def finish(*started):
@@ -71,6 +79,14 @@ def test_two_processes_give_the_losses_of_one(slow, tmp_path):
     assert (tmp_path / "processes" / "last" / "metadata.json").exists()
     finish(*start_two(slow(stream=True), tmp_path / "streamed"))  # each process reads its rows
     np.testing.assert_array_equal(losses(tmp_path / "streamed"), losses(tmp_path / "processes"))
+
+
+def test_chain_in_two_processes_is_taught_by_what_the_first_wrote(slow, tmp_path):
+    config = slow(method="takd", assistant="small_network:two_stages", num_steps=2)
+    finish(*start_two(config, tmp_path, SLOW_DISK))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assistant = json.loads((tmp_path / "assistants/small_network:two_stages/last/metadata.json").read_text())
+    assert summary["config"]["teacher_fingerprint"] == assistant["fingerprint"]
 
 
 def test_batch_that_does_not_divide_among_the_devices(slow, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from rkd_jax import data, evaluate, runs
+from rkd_jax import data, evaluate, experiment, runs
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -63,6 +63,48 @@ def test_comparison_finds_another_teacher_than_the_given_one_before_it_trains(re
     assert not (tmp_path / "run").exists()
 
 
+METHOD = """
+import dataclasses
+from rkd_jax import losses
+from rkd_jax.methods import base
+
+@dataclasses.dataclass(frozen=True)
+class Method(base.Distiller):
+    strength: float = 1.0
+
+    def loss(self, params, state, student, teacher, batch, context):
+        label = losses.cross_entropy(student.logits, batch["label"]).mean()
+        return {"label": label, "own": self.strength * ((student.logits - teacher.logits) ** 2).mean()}, state, {}
+"""
+
+
+def test_field_of_ones_own_method_in_comparisons_sweeps_and_within_dot(tiny, tmp_path, monkeypatch):
+    (tmp_path / "own_strength.py").write_text(METHOD)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def make(**fields):
+        config = tiny(**fields)
+        with config.unlocked():
+            config.strength = 0.1
+        return config
+
+    config = make(method="own_strength:Method")
+    assert experiment.build(config).method.strength == 0.1
+    assert "strength" not in experiment.build(experiment.alone(config, config.student)).config
+    for method in ("own_strength:Method", "dkd"):
+        found = runs.expand(make(method=method, sweep="method=kd,own_strength:Method seed=0,1"))
+        built = [experiment.build(member).config for _, member in found]
+        assert [(run["method"], run.get("strength")) for run in built[1:3]] == [
+            ("kd", None),
+            ("own_strength:Method", 0.1),
+        ]
+    built = experiment.build(make(method="dot", inner="own_strength:Method")).config
+    assert (built["inner"], built["strength"]) == ("own_strength:Method", 0.1)
+    members = runs.expand(make(method="kd", sweep="method=kd,own_strength:Method strength=1,2"))
+    with pytest.raises(ValueError, match=r"config\.strength is read by nothing"):
+        experiment.build(members[0][1])
+
+
 def test_comparison_evaluates_a_given_teacher(tiny, tmp_path):
     rows = runs.compare(tiny(compare=True, num_steps=2), tmp_path / "run")
     assert rows[0]["method"] == "as given"
@@ -98,7 +140,10 @@ def test_evaluation_without_a_config_takes_that_of_each_run(tiny, teacher, tmp_p
     assert (found[0]["dataset"], found[0]["images"]) == ("digits", 40)
 
     moved = shutil.copytree(tmp_path / "all" / "own" / "best", tmp_path / "moved")  # from its run
-    assert evaluate.run(tiny(num_train=None, num_test=None), moved, {})[0]["dataset"] == own["dataset"]
+    with pytest.raises(ValueError, match=r"was trained on folder:.*; name --config.dataset and --config.image_size"):
+        evaluate.run(tiny(), moved, {})
+    fields = {"dataset": own["dataset"], "image_size": 8}
+    assert evaluate.run(tiny(**fields, num_train=None, num_test=None), moved, fields)[0]["dataset"] == own["dataset"]
     assert evaluate.run(tiny(), teacher, {})[0]["dataset"] == "digits"  # of the config, for that folder names none
     with pytest.raises(ValueError, match=r"was trained on 3 classes \(folder:.*\), config.dataset has 10"):
         evaluate.run(tiny(), tmp_path / "all" / "own")

@@ -251,6 +251,12 @@ def test_run_goes_on_with_another_log_every(tiny, tmp_path, monkeypatch):
     assert lines == [3, 6, 9, 10, 12]
 
 
+def test_command_of_a_prompt_is_python(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [""])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    assert train.provenance()["command"] == "python"
+
+
 def test_what_a_short_run_leaves_out_of_its_schedule_is_said(tiny, tmp_path, capsys):
     train.train_and_evaluate(tiny(num_steps=2, decay_epochs=(1, 2), lr_warmup_epochs=1.5), tmp_path / "short")
     said = "the rate never falls: config.decay_epochs=[1, 2] | the rate rises to the end: config.lr_warmup_epochs=1.5"

@@ -1,7 +1,8 @@
 """A user's own images: one sub-folder a class.
 
-PATH/train/CLASS/... and PATH/test/CLASS/... (or PATH/val/), or PATH/CLASS/... alone, from which every tenth image of
-each class, in the order of the file names, is held out for testing. Classes are numbered in the order of their names.
+PATH/train/CLASS/... and PATH/test/CLASS/... (or val/, valid/, validation/), or PATH/CLASS/... alone, from which every
+tenth image of each class, in the order of the file names, is held out for testing. Classes are numbered in the order of
+their names.
 """
 
 from pathlib import Path
@@ -12,6 +13,8 @@ from PIL import Image, UnidentifiedImageError
 from rkd_jax.data import _prepared
 from rkd_jax.data.base import Split, Splits, moments
 
+HELD_OUT = ("test", "val", "valid", "validation")
+DEEP = ("I", "F")  # PIL's modes, or how they begin, of more than 8 bits: its conversion to RGB clips them at 255
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
@@ -20,8 +23,14 @@ def load(path: str, image_size: int | None = None) -> Splits:
     root = Path(path).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"config.dataset='folder:{path}' is no folder; it should hold one sub-folder a class")
-    held_out = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    held_out = next((root / name for name in HELD_OUT if (root / name).is_dir()), None)
     parts = [root / "train", held_out] if held_out and (root / "train").is_dir() else [root]
+    if not held_out and (root / "train").is_dir() and _classes(root / "train"):
+        others = ", ".join(f"{name}/" for name in HELD_OUT[1:])
+        raise ValueError(
+            f"config.dataset='folder:{path}': {root / 'train'} holds folders, and there is no test/ beside it (nor "
+            f"{others}); add it, or name folder:{root / 'train'}, of which every tenth image is then held out"
+        )
     classes = _classes(parts[0])
     files = [_files(part, classes) for part in parts]
     shape = _shape([file for part in files for file, _ in part], image_size)
@@ -69,6 +78,8 @@ def _shape(files: list[Path], image_size: int | None) -> tuple[int, int, int]:
         with _open(file) as image:
             sizes.add(image.size)
             modes.add(image.mode)
+            if image.mode.startswith(DEEP):
+                raise ValueError(f"{file} has more than 8 bits a pixel (PIL's mode {image.mode}); convert it to 8")
     width, height = sizes.pop() if len(sizes) == 1 else (_prepared.SIZE, _prepared.SIZE)
     return image_size or height, image_size or width, 1 if modes <= {"1", "L"} else 3
 

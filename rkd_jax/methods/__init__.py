@@ -15,7 +15,7 @@ from typing import Any
 from rkd_jax import _own
 from rkd_jax.methods.base import Context, Distiller
 
-__all__ = ["Context", "Distiller", "called", "create", "fields", "hyperparameters", "load", "names", "resolve"]
+__all__ = ["Context", "Distiller", "called", "create", "fields", "hyperparameters", "load", "names", "own", "resolve"]
 
 
 @functools.cache
@@ -80,6 +80,12 @@ def fields(*others: str) -> dict[str, type]:
             if found.setdefault(field.name, kind) != kind:
                 raise TypeError(f"methods disagree about the type of {field.name!r}: {found[field.name]}, {kind}")
     return found
+
+
+def own(values: Mapping[str, Any]) -> list[str]:
+    """The methods of the user's own ("my_module:Class") that a config names: its method, and one within that."""
+    within = (field.name for field in dataclasses.fields(load(values["method"])) if field.type is Distiller)
+    return [name for name in (values["method"], *map(values.get, within)) if name and ":" in name]
 
 
 def hyperparameters(method: Distiller) -> dict[str, Any]:
