@@ -121,11 +121,12 @@ def _noted(path: Path, found: Any) -> dict[str, Any]:
             found = file.metadata() or {}
     try:
         note = json.loads(found[NOTE])
-        numbers = all(isinstance(x, float | int) for x in (*note["mean"], *note["std"]))
+        sound = all(0 <= x <= 1 for x in note["mean"]) and all(0 < x <= 1 for x in note["std"])
+        sound &= int(note.get("image_size", 1)) > 0
         if note.get("network") not in models.names():
             note.pop("network", None)
-        return note if numbers else {}
-    except (KeyError, TypeError, ValueError, AttributeError):
+        return note if sound else {}
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
 
 
@@ -161,6 +162,10 @@ def _read(source: Mapping[str, Any] | str | os.PathLike) -> Any:
         return safetensors.numpy.load_file(source)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{str(source)!r} is damaged or cut short ({error}); get it again") from error
+    except (AttributeError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{str(source)!r} has arrays of a kind that NumPy lacks ({error}); save them as float32"
+        ) from error
 
 
 def _arrays(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
@@ -170,7 +175,10 @@ def _arrays(tree: Any, prefix: str = "") -> dict[str, np.ndarray]:
         if isinstance(value, Mapping):
             found |= _arrays(value, f"{prefix}{key}.")
         elif hasattr(value, "shape") and not str(key).endswith("num_batches_tracked"):
-            found[f"{prefix}{key}"] = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+            if hasattr(value, "detach"):
+                value = value.detach().cpu()
+                value = value.float() if str(value.dtype) == "torch.bfloat16" else value  # which NumPy lacks
+            found[f"{prefix}{key}"] = np.asarray(value)
     return found
 
 

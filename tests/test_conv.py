@@ -99,11 +99,41 @@ def test_gradients_repeat_bit_for_bit():
             np.testing.assert_array_equal(a, b)
 
 
-def test_vmap_and_eval_shape():
+def transformed(convolve, x, w):
+    """What researchers take of a network: gradients of each image, of each of several networks, and of gradients."""
+
+    def loss(x, w):
+        return (convolve(x, w) ** 2).sum() / 2
+
+    kernels, images = jnp.stack([w, -0.5 * w]), jnp.stack([x, x + 1])
+    penalty = jax.grad(lambda x, w: (jax.grad(loss)(x, w) ** 2).sum(), (0, 1))
+    return {
+        "each kernel": jax.vmap(convolve, (None, 0))(x, kernels),
+        "each of both": jax.vmap(convolve)(images, kernels),
+        "gradient by image": jax.vmap(jax.grad(loss, 1), (0, None))(x[:, None], w),
+        "gradients of several": jax.grad(lambda k: jax.vmap(loss, (None, 0))(x, k).sum())(kernels),
+        "gradients of several images": jax.grad(lambda x: jax.vmap(loss, (0, None))(x, w).sum())(images),
+        "gradient of a gradient": penalty(x, w),
+        "forward over reverse": jax.jvp(jax.grad(loss, (0, 1)), (x, w), (w.sum() * x, w)),
+        "by image, of a gradient": jax.vmap(penalty, (0, None))(x[:, None], w),
+    }
+
+
+@pytest.mark.parametrize("kind", ["stem", "32", "strided, odd", "1x1", "depthwise of whole vectors", "depthwise"])
+def test_transformations_are_those_of_xlas(kind):
+    side, *others = KINDS[kind]
+    x, w, convolve = operands(min(side, 10), *others)
+    with jax.enable_x64(True):
+        wanted = jax.jit(functools.partial(transformed, reference(convolve)))(np.float64(x), np.float64(w))
+    found = jax.jit(functools.partial(transformed, convolve))(x, w)
+    for name, exact in wanted.items():
+        for a, b in zip(jax.tree.leaves(found[name]), jax.tree.leaves(exact), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=name)
+
+
+def test_eval_shape():
     x, w, convolve = operands(*KINDS["16"])
-    stacked = jax.jit(jax.vmap(convolve, (None, 0)))(x, np.stack([w, 2 * w]))
-    np.testing.assert_allclose(stacked[1], 2 * stacked[0], rtol=1e-6, atol=1e-5)
-    assert jax.eval_shape(convolve, x, w).shape == stacked.shape[1:]
+    assert jax.eval_shape(convolve, x, w).shape == convolve(x, w).shape
 
 
 @pytest.mark.parametrize("how", ["RKD_JAX_CONV", "CXX", "devices"])

@@ -166,13 +166,38 @@ def test_file_of_our_own_names_its_network_and_normalisation(tmp_path, capsys, s
     assert checkpoint.read_metadata(tmp_path / "c")["mean"] == list(cifar100.MEAN)
 
 
+FLAWED = (
+    {"network": "os:abort", "mean": [0], "std": [1]},
+    {"mean": [0.5] * 3, "std": [0.0] * 3},
+    {"mean": [float("nan")] * 3, "std": [0.2] * 3},
+    {"mean": [0.5] * 3, "std": [0.2] * 3, "image_size": "abc"},
+)
+
+
 @pytest.mark.parametrize(
-    "note", ["", "{", "3", '{"network": "resnet8"}', '{"network": "os:abort", "mean": [0], "std": [1]}', torch.zeros(2)]
+    "note", ["", "{", "3", "[" * 100_000, '{"network": "resnet8"}', torch.zeros(2), *map(json.dumps, FLAWED)], ids=repr
 )
 def test_note_that_says_nothing_is_no_harm(tmp_path, capsys, note):
     path = save({"model": state_dict("resnet8", 100), "rkd_jax": note}, tmp_path / "x.pth")
     out = command(capsys, "--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "a")
     assert "normalisation (cifar100)" in out
+
+
+def test_file_of_one_tensor_or_of_numbers_that_numpy_lacks_is_named(tmp_path, capsys):
+    path = save(torch.zeros(2, 3), tmp_path / "tensor.pth")
+    assert "tensor.pth" in refusal(capsys, "--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "a")
+    header = json.dumps({"x": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    path = tmp_path / "eight.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"00")
+    with pytest.raises(
+        ValueError, match=r"eight.safetensors' has arrays of a kind that NumPy lacks .*; save them as fl"
+    ):
+        convert.from_torch(path, "resnet8", 10)
+
+
+def test_reads_a_bfloat16_state_dict_in_memory():
+    state = {key: x.bfloat16() if x.is_floating_point() else x for key, x in state_dict().items()}
+    assert_holds(convert.from_torch(state, "resnet8", 10), {key: x.float() for key, x in state.items()})
 
 
 def test_note_names_no_code(tmp_path, capsys):

@@ -241,6 +241,27 @@ def test_prepare_command(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_image_of_an_archive_that_cannot_be_read_is_named(tmp_path, damage):
+    """The archive's directory is whole, so that opening it finds nothing."""
+    path = tmp_path / "mine.zip"
+    write_archive(path, per_class=1)
+    name = "tiny-imagenet-200/val/images/val_77.JPEG"
+    with zipfile.ZipFile(path) as archive:
+        files = {each: archive.read(each) for each in archive.namelist() if (each, damage) != (name, "missing")}
+        start = archive.getinfo(name).header_offset + 30 + len(name)
+    if damage == "missing":
+        with zipfile.ZipFile(path, "w") as archive:
+            for each, content in files.items():
+                archive.writestr(each, content)
+    else:
+        content = bytearray(path.read_bytes())
+        content[start + 100] ^= 1
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"mine.zip: .*val_77.JPEG is damaged or missing \(.*\); fetch http.* again"):
+        _prepared.prepare("tiny_imagenet", tmp_path / "tfds", archive=path)
+
+
 def test_the_prepare_command_names_what_its_user_wrote(tmp_path, offline):
     for arguments, complaint in (
         (["cifar"], "Error: NAME='cifar' is no data set"),

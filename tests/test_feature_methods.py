@@ -608,6 +608,10 @@ def test_norms_layers_merge_into_the_classifier(name):
         through = models.resume(model, variables, LAST, x, images=images)
         return model.apply(deployed, images).logits, through.logits, plain.logits
 
+    # What cancels, and what merges, in full float32 on any device.
+    text = str(jax.make_jaxpr(lambda *given: method.deploy(model, images, *given))(variables, params, state))
+    assert text.count("dot_general[") == text.count("Precision.HIGHEST, Precision.HIGHEST") == 4
+
     found, expected, before = logits(variables, params, state)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert np.abs(before - expected).max() > 0.1 * np.abs(expected).max()

@@ -6,6 +6,7 @@ their sorted WordNet ids, as PyTorch's ImageFolder numbers them. The test images
 
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,8 +47,8 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
         top = next((name.removesuffix("wnids.txt") for name in names if name.endswith("wnids.txt")), None)
         if top is None or f"{top}val/val_annotations.txt" not in names:
             raise ValueError(f"{path} lacks wnids.txt or val/val_annotations.txt: it is not {self.URL}")
-        self.info.features["label"].names = sorted(archive.read(f"{top}wnids.txt").decode().split())
-        annotations = archive.read(f"{top}val/val_annotations.txt").decode().splitlines()
+        self.info.features["label"].names = sorted(self._read(archive, f"{top}wnids.txt").decode().split())
+        annotations = self._read(archive, f"{top}val/val_annotations.txt").decode().splitlines()
         validation = {
             f"{top}val/images/{file_name}": wnid
             for file_name, wnid, *_ in (line.split("\t") for line in annotations if line)
@@ -67,7 +68,14 @@ class TinyImagenet(tfds.core.GeneratorBasedBuilder):
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, wnid in labels.items():
             file_name = name.rpartition("/")[2]
-            yield file_name, {"image": to_rgb(archive.read(name)), "label": wnid, "file_name": file_name}
+            yield file_name, {"image": to_rgb(self._read(archive, name)), "label": wnid, "file_name": file_name}
+
+    def _read(self, archive: zipfile.ZipFile, name: str) -> bytes:
+        try:
+            return archive.read(name)
+        except (zipfile.BadZipFile, KeyError, zlib.error) as error:
+            path = archive.filename
+            raise ValueError(f"{path}: {name} is damaged or missing ({error}); fetch {self.URL} again") from error
 
 
 def to_rgb(encoded: bytes) -> io.BytesIO:

@@ -20,6 +20,7 @@ stem and its last convolution. Here all networks are as for other methods, and W
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import traverse_util
 
@@ -74,7 +75,8 @@ class Method(base.Distiller):
         features, channels = params["Dense_0"]["kernel"].shape[::-1]
         # What is affine is known by what it makes of 0 and of each channel's unit.
         rows = jnp.eye(channels + 1, channels, -1)[:, None, None]
-        _, rows = Transform(features).apply({"params": params, "batch_stats": state}, rows, False)
+        with jax.default_matmul_precision("highest"):  # the constant cancels, and a GPU's or a TPU's rounding would not
+            _, rows = Transform(features).apply({"params": params, "batch_stats": state}, rows, False)
         constant, rows = rows[0, 0, 0], rows[1:, 0, 0] - rows[0, 0, 0]
         merged = {
             "kernel": jnp.einsum("kd,...dc->...kc", rows, kernel, precision="highest"),

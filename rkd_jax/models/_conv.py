@@ -16,13 +16,14 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.custom_derivatives import SymbolicZero, linear_call
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 SOURCE = Path(__file__).with_suffix(".cc")
 LANES = 16  # channels come in multiples of the kernels' vectors
@@ -63,26 +64,86 @@ def xla_alone() -> Iterator[None]:
         _xla_alone.reset(token)
 
 
-def _bilinear(forward: Callable, transpose_input: Callable, transpose_kernel: Callable) -> Callable:
-    """forward(x, kernel, stride, padding), linear in each operand: two linear maps, each with its transpose."""
+class Geometry(NamedTuple):
+    """What is fixed about a convolution."""
 
-    @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+    x: tuple[int, ...]  # [B, H, W, K]
+    kernel: tuple[int, ...]  # [k, k, K, C], or depthwise [k, k, 1, C]
+    stride: int
+    padding: int
+
+    def y(self) -> tuple[int, ...]:
+        """[B, H', W', C]."""
+        sides = ((side + 2 * self.padding - self.kernel[0]) // self.stride + 1 for side in self.x[1:3])
+        return (self.x[0], *sides, self.kernel[3])
+
+
+def _bilinear(name: str, forward: Callable, transpose_input: Callable, transpose_kernel: Callable) -> Callable:
+    """conv(stride, padding, x, kernel), given forward(x, kernel, stride, padding) and its two transposes.
+
+    Each of the three is linear in both of its operands, and transposed in one of them it is another of the three: as
+    primitives they have derivatives of any order, in both modes, and under vmap.
+    """
+
+    def y_of(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+        return forward(x, kernel, geometry.stride, geometry.padding)
+
+    def dx_of(kernel: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
+        return transpose_input(kernel, dy, geometry.x, geometry.stride, geometry.padding)
+
+    def dkernel_of(x: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
+        return transpose_kernel(x, dy, geometry.kernel, geometry.stride, geometry.padding)
+
+    y = _primitive(name, y_of, Geometry.y, images=0)
+    dx = _primitive(f"{name}_input", dx_of, lambda geometry: geometry.x, images=1)
+    dkernel = _primitive(f"{name}_kernel", dkernel_of, lambda geometry: geometry.kernel)
+    # By operand: what its transpose makes of the result's cotangent `at` and the other operand.
+    ad.defbilinear(
+        y,
+        lambda at, x, kernel, **fixed: dx.bind(kernel, at, **fixed),
+        lambda at, x, kernel, **fixed: dkernel.bind(x, at, **fixed),
+    )
+    ad.defbilinear(
+        dx,
+        lambda at, kernel, dy, **fixed: dkernel.bind(at, dy, **fixed),
+        lambda at, kernel, dy, **fixed: y.bind(at, kernel, **fixed),
+    )
+    ad.defbilinear(
+        dkernel,
+        lambda at, x, dy, **fixed: dx.bind(at, dy, **fixed),
+        lambda at, x, dy, **fixed: y.bind(x, at, **fixed),
+    )
+
     def conv(stride: int, padding: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return forward(x, kernel, stride, padding)
-
-    @functools.partial(conv.defjvp, symbolic_zeros=True)
-    def jvp(stride: int, padding: int, primals: Any, tangents: Any) -> tuple[jax.Array, Any]:
-        (x, kernel), (dx, dkernel) = primals, tangents
-        y, change = conv(stride, padding, x, kernel), []
-        if not isinstance(dx, SymbolicZero):
-            transpose = functools.partial(transpose_input, shape=x.shape, stride=stride, padding=padding)
-            change.append(linear_call(lambda kernel, dx: forward(dx, kernel, stride, padding), transpose, kernel, dx))
-        if not isinstance(dkernel, SymbolicZero):
-            transpose = functools.partial(transpose_kernel, shape=kernel.shape, stride=stride, padding=padding)
-            change.append(linear_call(lambda x, dkernel: forward(x, dkernel, stride, padding), transpose, x, dkernel))
-        return y, sum(change[1:], start=change[0]) if change else jnp.zeros_like(y)
+        return y.bind(x, kernel, geometry=Geometry(x.shape, kernel.shape, stride, padding))
 
     return conv
+
+
+def _primitive(name: str, function: Callable, shape: Callable, images: int | None = None) -> Primitive:
+    """`function` of two arrays as a primitive; images: the operand that has the result's batch axis."""
+    primitive = Primitive(name)
+    primitive.def_impl(function)
+    primitive.def_abstract_eval(lambda a, b, geometry: jax.core.ShapedArray(shape(geometry), a.dtype))
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+
+    def batch(operands: Any, axes: Any, geometry: Geometry) -> tuple[jax.Array, int]:
+        mapped = [i for i, axis in enumerate(axes) if axis is not None]
+        operands = [jnp.moveaxis(x, axes[i], 0) if i in mapped else x for i, x in enumerate(operands)]
+        if mapped == [images]:  # as one batch
+            count, size = operands[images].shape[:2]
+            operands[images] = operands[images].reshape(count * size, *operands[images].shape[2:])
+            whole = geometry._replace(x=(count * size, *geometry.x[1:]))
+            return primitive.bind(*operands, geometry=whole).reshape(count, *shape(geometry)), 0
+
+        def one(given: Any) -> jax.Array:
+            each = dict(zip(mapped, given, strict=True))
+            return primitive.bind(*(each.get(i, x) for i, x in enumerate(operands)), geometry=geometry)
+
+        return jax.lax.map(one, tuple(operands[i] for i in mapped)), 0
+
+    batching.primitive_batchers[primitive] = batch
+    return primitive
 
 
 # All channels with all.
@@ -121,7 +182,7 @@ def _xla(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Arra
     return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, [(padding,) * 2] * 2, dimension_numbers=numbers)
 
 
-_conv = _bilinear(_forward, _transpose_input, _transpose_kernel)
+_conv = _bilinear("rkd_conv", _forward, _transpose_input, _transpose_kernel)
 
 
 # Depthwise: one filter a channel, kernel [k, k, 1, C].
@@ -157,7 +218,7 @@ def _depthwise_kernel(x: jax.Array, dy: jax.Array, shape: tuple, stride: int, pa
     return _call("rkd_depthwise_gradient", shape, x, dy, stride, padding)
 
 
-_depthwise = _bilinear(_depthwise_forward, _depthwise_input, _depthwise_kernel)
+_depthwise = _bilinear("rkd_depthwise", _depthwise_forward, _depthwise_input, _depthwise_kernel)
 
 
 # The library.
