@@ -28,6 +28,7 @@ from flax import traverse_util
 
 from rkd_jax import _devices, _flags, checkpoint, models, torch_file
 from rkd_jax.data import cifar100, tiny_imagenet
+from rkd_jax.models._nnx import FromNNX
 
 # Mean and std of 0..1 by channel, as the teachers' training normalised.
 NORMALISATION = {
@@ -134,6 +135,8 @@ def _noted(path: Path, found: Any) -> dict[str, Any]:
 def _layout(name: str, num_classes: int, channels: int) -> dict[str, _Slot]:
     """PyTorch's keys of a network: where each lies in the variables, and its shape; no batch counters."""
     model = models.create(name, num_classes, field="name")
+    if isinstance(getattr(model, "network", None), FromNNX):
+        raise ValueError(f"{name} is a network of Flax NNX, and PyTorch's files are read and written of Linen's alone")
     images = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     return {

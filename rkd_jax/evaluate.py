@@ -118,7 +118,8 @@ def run(
         chosen = config if changes is None else recorded(path, config, changes)
         result = evaluate(chosen, path)
         results.append({"path": str(path), "dataset": chosen.dataset, **result})
-        images = f"{result['images']:,} " + ("random images" if chosen.smoke else f"test images of {chosen.dataset}")
+        random = chosen.smoke and ":" not in chosen.dataset
+        images = f"{result['images']:,} " + ("random images" if random else f"test images of {chosen.dataset}")
         step = f"step {result['step']:,}: " if result["step"] is not None else ""
         print(
             f"{path}: {result['network']}, {step}top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % ({images})"

@@ -91,8 +91,9 @@ class Fields:
     def check_all_read(self) -> None:
         """ValueError where a field was not read."""
         for name in sorted(set(self._config) - self._read):
-            near = difflib.get_close_matches(name, self._read, n=1)
-            raise ValueError(f"config.{name} is read by nothing" + (f"; did you mean {near[0]!r}?" if near else ""))
+            near = difflib.get_close_matches(name, self._read, n=1, cutoff=0.75)
+            hint = f"did you mean {near[0]!r}?" if near else f"config.method={self._config.get('method')!r} has no such"
+            raise ValueError(f"config.{name} is read by nothing; {hint}")
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -167,6 +168,13 @@ def build(config: ConfigDict) -> Experiment:
     return Experiment(
         resolved, splits, student, teacher, teacher_variables, method, recipe, loop, schedule, method.wrap_optimizer(tx)
     )
+
+
+def rehearse(config: ConfigDict) -> None:
+    """Says what is wrong about a run that others come before: builds it on random images, its teacher untrained."""
+    copy = config.copy_and_resolve_references()
+    copy.update(smoke=True, teacher_checkpoint="", compare=False, sweep="")
+    jax.eval_shape(build(copy).create_state, jax.random.key(0))
 
 
 def _optimization(

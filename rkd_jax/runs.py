@@ -30,19 +30,29 @@ def distil(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
 
     Each trained assistant is the next run's teacher. What is finished is not run again.
     """
-    method = experiment.create_method(config)
-    if not hasattr(method, "links"):
-        return train.train_and_evaluate(config, workdir)
-    config = config.copy_and_resolve_references()
-    config.assistant = method.assistant
-    for teacher, student in method.links(config.teacher, config.student):
-        config.teacher, last = teacher, student == config.student
-        link = config.copy_and_resolve_references()
-        link.student = student
-        folder = Path(workdir) if last else Path(workdir) / "assistants" / student
+    links, checkpoint = chain(config), config.teacher_checkpoint
+    for link in links[1:]:
+        experiment.rehearse(link)
+    for link in links:
+        link.teacher_checkpoint = checkpoint
+        folder = Path(workdir) if link is links[-1] else Path(workdir) / "assistants" / link.student
         summary = train.train_and_evaluate(link, folder)
-        config.teacher_checkpoint = str(folder / "last")
+        checkpoint = str(folder / "last")
     return summary
+
+
+def chain(config: ConfigDict) -> list[ConfigDict]:
+    """The runs that a config comes to: one, or, of a method that goes through assistants, one for each link."""
+    method, links = experiment.create_method(config), []
+    if not hasattr(method, "links"):
+        return [config]
+    for teacher, student in method.links(config.teacher, config.student):
+        link = config.copy_and_resolve_references()
+        link.update(teacher=teacher, student=student, assistant=method.assistant)
+        if student != config.student:
+            models.resolve(student, field="config.assistant")
+        links.append(link)
+    return links
 
 
 def sweep(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -134,7 +144,7 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
     workdir, rows = Path(workdir), []
     config = config.copy_and_resolve_references()
     config.compare = False
-    method = experiment.create_method(config)  # what is wrong about the last run is said before the first
+    method = experiment.create_method(config)
     models.resolve(config.student)
     models.resolve(config.teacher, field="config.teacher")
     if not method.needs_teacher:
@@ -142,6 +152,8 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
             f"config.compare trains a student with and without its teacher, and config.method={config.method!r} has "
             "none; set config.compare=False"
         )
+    for link in chain(config):  # what is wrong about the last run is said before the first
+        experiment.rehearse(link)
     if config.teacher_checkpoint:
         if not hasattr(method, "links"):
             experiment.build(config)

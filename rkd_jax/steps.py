@@ -22,6 +22,7 @@ from rkd_jax.data import augment
 from rkd_jax.methods import Context, Distiller
 
 ORDER, STEP, INIT = 0, 1, 2  # the streams that the run's key is folded into
+LOGGED = ("loss", "count", "step", "epoch", "kind", "learning_rate", "images_per_second")  # of every line of the log
 FOR_ONCE = {"cpu": {"xla_backend_optimization_level": 2}}  # XLA's options, by platform, of what `run_once` compiles
 
 
@@ -256,7 +257,10 @@ def _returned(method: Distiller, found: Any) -> tuple[dict[str, jax.Array], Any,
     for what, values in (("term", found[0]), ("metric", found[2])):
         if not isinstance(values, Mapping):
             raise ValueError(f"{returned} a {type(values).__name__} for its {what}s; return a dict of named scalars")
+        taken = (*LOGGED, "top1") if what == "term" else (*LOGGED, *found[0])  # a metric may be another top1
         for name, value in values.items():
+            if name in taken:
+                raise ValueError(f"{returned} the {what} {name!r}, a name that the log has already; choose another")
             if not isinstance(value, jax.Array | np.ndarray | np.number | float | int):
                 raise ValueError(f"{returned} the {what} {name!r} as a {type(value).__name__}; return a scalar")
             if shape := jnp.shape(value):

@@ -64,6 +64,9 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
     Members that are finished are not run again; those that were interrupted at different steps go on in groups. Returns
     the summaries, and raises as `train_and_evaluate` does; `Diverged` once the others are finished.
     """
+    for field in ("sweep", "compare"):
+        if any(config.get(field) for config, _ in members):
+            raise ValueError(f"config.{field} is several runs, which rkd_jax.runs.run does; unset it here")
     _devices.start()
     runs = [experiment.build(config) for config, _ in members]
     folders = [Path(workdir) for _, workdir in members]
@@ -433,7 +436,8 @@ def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
         + (f" ({with_fields})" if names else "")
         + f": {len(run.splits.train.labels):,} training and {len(run.splits.test.labels):,} test images, "
         f"{run.recipe.num_steps:,} steps of {run.recipe.batch_size}, seed {config['seed']}, on {device_name()}"
-        + (" | SMOKE: random images" if config["smoke"] else "")
+        + (" | SMOKE" if config["smoke"] else "")
+        + (": random images" if config["smoke"] and ":" not in config["dataset"] else "")
         + (f" | optimizer {config['optimizer']} ({options})" if config["optimizer"] != "sgd" else "")
         + (f" | schedule {config['schedule']}" if config["schedule"] != "step" else "")
         + (f" | goes on from step {start:,}" if start else "")

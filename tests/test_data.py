@@ -267,6 +267,8 @@ def test_the_prepare_command_names_what_its_user_wrote(tmp_path, offline):
         (["cifar"], "Error: NAME='cifar' is no data set"),
         ([f"folder:{tmp_path}/none"], "Error: NAME='folder:.*none' is no folder"),
         (["cifar100", "--data_dir", str(tmp_path)], "Error: --data_dir='.*' holds no cifar100.* or set --data_dir to"),
+        (["digits", "--cache", "x"], "Error: --cache is of what TFDS prepared, and digits needs none"),
+        (["cifar100", "--archive", "x.zip"], "Error: --archive is for tiny_imagenet; cifar100 has no use for it"),
     ):
         with pytest.raises(SystemExit, match=complaint):
             prepare_command.main(arguments)

@@ -47,7 +47,7 @@ def test_other_errors_of_the_device_pass():
 
 
 def test_step_too_large_for_the_device(tiny, tmp_path):
-    config = tiny(method="test_devices:Greedy", sweep="seed=0,1", data_seed=0)
+    config = tiny(method="test_devices:Greedy", data_seed=0)
     with pytest.raises(MemoryError) as error:
         train.train_together([(config, tmp_path / "a"), (config, tmp_path / "b")])
     assert "does not suffice" in str(error.value)

@@ -736,6 +736,19 @@ def test_a_method_of_ones_own(tmp_path, monkeypatch, capsys):
         (tmp_path / f"{name}.py").write_text(parts[0] + (parts[1] + parts[2]).replace(*change))
         with pytest.raises(ValueError, match=rf"^config.method='{name}:Method'\s?{complaint}"):
             methods.load(f"{name}:Method")
+    (tmp_path / "future.py").write_text(
+        "from __future__ import annotations\n" + MINE.replace("strength", "temperature")
+    )
+    assert methods.resolve("future:Method", {"temperature": 2.0}).temperature == 2
+    assert methods.fields("future:Method")["temperature"] is float
+    (tmp_path / "whole.py").write_text(MINE.replace("strength: float = 0.1", "temperature: int = 4"))
+    with pytest.raises(
+        ValueError, match=r"^config.method='whole:Method' has 'temperature' as int, which others have as f"
+    ):
+        methods.fields("whole:Method")
+    (tmp_path / "unknown.py").write_text("from __future__ import annotations\n" + MINE.replace(": float", ": flote"))
+    with pytest.raises(ValueError, match=r"has a field of a type that is not defined: name 'flote'"):
+        methods.load("unknown:Method")
     with pytest.raises(ValueError, match=r"^config.inner='optax:adamw' is no distillation method"):
         methods.create("dot", inner="optax:adamw")
     with pytest.raises(ValueError, match=r"^config.inner='no_such:Method' cannot be imported"):

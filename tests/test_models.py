@@ -238,7 +238,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     difference = np.abs(exact.logits - rounded.logits).max() / np.abs(exact.logits).max()
     assert 1e-5 < difference < 0.05
     program = str(jax.make_jaxpr(half.apply)(variables, images))
-    convolutions = re.findall(r"(\w+)\[[\d,]+\] = conv_general_dilated", program)
+    convolutions = re.findall(r"(\w+)\[[\d,]+\] = (?:rkd_conv|conv_general_dilated)\b", program)
     assert len(convolutions) == 9
     assert set(convolutions) == {"bf16"}
 

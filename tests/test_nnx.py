@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rkd_jax import experiment, models, runs, train
+from rkd_jax import convert, experiment, models, runs, train
 from rkd_jax.models import __main__ as table
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -262,3 +262,11 @@ def test_variables_that_would_not_be_kept_are_named(tiny, tmp_path, name, compla
     with pytest.raises(ValueError, match=f"^config.student {complaint}"):
         train.train_and_evaluate(tiny(student=f"test_nnx:{name}"), tmp_path)
     assert not (tmp_path / "config.json").exists()
+
+
+def test_it_has_no_file_for_pytorch(digits):
+    variables = jax.jit(models.create("test_nnx:Net", 10).init)(jax.random.key(0), digits[:1])
+    with pytest.raises(
+        ValueError, match=r"^test_nnx:Net is a network of Flax NNX, and PyTorch's files are read and wri"
+    ):
+        convert.to_torch(variables, "test_nnx:Net", 10)

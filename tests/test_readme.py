@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from scipy import stats
 
 from rkd_jax import runs
 from rkd_jax.report import paper
@@ -127,3 +128,5 @@ def test_means_over_the_ablations_seeds_are_those_of_results():
     mean, error = statistics.mean(ahead), statistics.stdev(ahead) / len(ahead) ** 0.5
     assert f"by {each}, {mean:.2f} in the mean with a standard error of {error:.2f}" in page
     assert f"{mean:.2f} ahead (standard error {error:.2f})" in readme
+    p = stats.ttest_rel(*([values[seed] for seed in sorted(kd)] for values in (kd, ours))).pvalue
+    assert f"(paired t-test, p = {p:.3f})" in page

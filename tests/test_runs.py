@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from rkd_jax import data, evaluate, experiment, runs
+from rkd_jax import data, evaluate, experiment, runs, train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -49,6 +49,11 @@ def test_comparison_trains_teacher_student_and_both(tiny, tmp_path, capsys):
         ({"teacher": ""}, "config.teacher='' is no network"),
         ({"gamma": 1.0}, "gamma=1.0 is"),
         ({"method": "cross_entropy"}, "'cross_entropy' has none; set config.compare=False"),
+        ({"method": "mlkd"}, "config.views='weak' gives one"),
+        ({"method": "takd"}, "config.assistant is not set"),
+        ({"method": "takd", "assistant": "resnet8>resnet99"}, "config.assistant='resnet99' is no network"),
+        ({"method": "takd", "assistant": "resnet8>ResNet8"}, "'ResNet8' is twice in the chain"),
+        ({"method": "fitnets", "hint_stage": 9}, r"hint_stage"),
     ],
 )
 def test_comparison_finds_what_is_wrong_before_it_trains(tiny, tmp_path, fields, message):
@@ -101,7 +106,7 @@ def test_field_of_ones_own_method_in_comparisons_sweeps_and_within_dot(tiny, tmp
     built = experiment.build(make(method="dot", inner="own_strength:Method")).config
     assert (built["inner"], built["strength"]) == ("own_strength:Method", 0.1)
     members = runs.expand(make(method="kd", sweep="method=kd,own_strength:Method strength=1,2"))
-    with pytest.raises(ValueError, match=r"config\.strength is read by nothing"):
+    with pytest.raises(ValueError, match=r"config\.strength is read by nothing; config\.method='kd' has no such"):
         experiment.build(members[0][1])
 
 
@@ -163,8 +168,15 @@ def test_takd_goes_through_its_assistants(resnets, tmp_path):
     assert (link["teacher"], link["student"]) == ("resnet8", "resnet14")
     assert (summary["config"]["teacher"], summary["config"]["student"]) == ("resnet14", "resnet8")
     assert summary["config"]["teacher_fingerprint"] != link["teacher_fingerprint"]
-    with pytest.raises(ValueError, match=r"config.assistant is not set"):
-        runs.distil(resnets(method="takd"), tmp_path / "none")
+    for fields, complaint in (
+        ({}, r"config.assistant is not set"),
+        ({"assistant": "resnet14>resnet99"}, r"config.assistant='resnet99' is no network"),
+        ({"assistant": "resnet8"}, r"config.assistant='resnet8': 'resnet8' is twice in the chain to 'resnet8'"),
+        ({"assistant": "resnet14", "method": "dot", "inner": "takd"}, r"config.inner cannot be 'takd', whose chain"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            runs.distil(resnets(**{"method": "takd", **fields}), tmp_path / "none")
+        assert not (tmp_path / "none").exists()
 
 
 def test_own_folder_and_own_network_distil(tiny, tmp_path, monkeypatch):
@@ -185,6 +197,26 @@ def test_own_folder_and_own_network_distil(tiny, tmp_path, monkeypatch):
     assert np.isfinite(summary["last"]["loss"])
     summary = runs.distil(tiny(**fields | {"num_steps": 2}, **pair, student="own_network:Small"), tmp_path / "own")
     assert summary["parameters"] == 3 * 3 * 8 + 8 + 8 * 10 + 10  # grey images
+
+
+@pytest.mark.parametrize("field", [{"sweep": "seed=0,1"}, {"compare": True}])
+def test_one_run_is_not_several(tiny, tmp_path, field):
+    with pytest.raises(ValueError, match=r"is several runs, which rkd_jax\.runs\.run does; unset it here"):
+        train.train_and_evaluate(tiny(**field), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_smoke_of_a_folder_takes_a_few_of_its_images(tiny, tmp_path, capsys):
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (33, 8, 8), np.uint8)):
+        path = tmp_path / "images" / f"{i % 3}"
+        path.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path / f"{i}.png")
+    alone = {"method": "cross_entropy", "teacher": "", "teacher_checkpoint": "", "num_train": None, "num_test": None}
+    runs.distil(tiny(dataset=f"folder:{tmp_path / 'images'}", smoke=True, **alone), tmp_path / "run")
+    text = capsys.readouterr().out
+    assert "30 training and 3 test images" in text
+    assert "| SMOKE" in text
+    assert "random images" not in text
 
 
 def test_folded_teacher_gives_the_same_losses(tiny, tmp_path):

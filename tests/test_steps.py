@@ -269,6 +269,10 @@ def test_what_a_loss_cannot_return_is_named(tiny, one_batch):
             "no term 'label', but 'a', 'b'; name the",
         ),
         (lambda ce: ({}, {}, {}), "no term 'label', but none; name the cross-entropy"),
+        (lambda ce: ({"label": ce.mean(), "loss": ce.mean()}, {}, {}), "the term 'loss', a name that the log has"),
+        (lambda ce: ({"label": ce.mean(), "top1": ce.mean()}, {}, {}), "the term 'top1', a name that the log has"),
+        (lambda ce: ({"label": ce.mean()}, {}, {"step": ce.mean()}), "the metric 'step', a name that the log has"),
+        (lambda ce: ({"label": ce.mean()}, {}, {"label": 1.0}), "the metric 'label', a name that the log has"),
         (lambda ce: {"label": ce.mean()}, "a dict; return three: the terms, the next state, and the metrics, {} for"),
         (lambda ce: ({"label": ce.mean()}, {}), "2 values; return three: the terms, the next state, and the metrics"),
     ):

@@ -88,11 +88,14 @@ def subset(split: Split, count: int | None, field: str = "count", what: str = "i
 def random(name: str, num_train: int, num_test: int, image_size: int | None = None, data_dir: str = "") -> Splits:
     """Noise in the form of a data set, for smoke runs: the same every time, and nothing need be prepared.
 
-    A data set's file states its form: FORM = (image shape, number of classes). One without is loaded.
+    A data set's file states its form: FORM = (image shape, number of classes). One without is loaded, and has no more
+    images than there are.
     """
     form = getattr(importlib.import_module(f"{__name__}.{name}"), "FORM", None) if name in names() else None
     if form is None:
-        return load(name, data_dir, num_train, num_test, image_size)
+        whole = load(name, data_dir, None, None, image_size)
+        most = (min(few, len(split.labels)) for few, split in ((num_train, whole.train), (num_test, whole.test)))
+        return load(name, data_dir, *most, image_size)
     shape, num_classes = form
     generator = np.random.default_rng(0)
 

@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,6 +55,10 @@ def _complaint(method: type[Distiller]) -> str:
     for name, field in known.items():
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             return f"has {name!r} without a default; give it one"
+    try:
+        _kinds(method)
+    except NameError as error:
+        return f"has a field of a type that is not defined: {error}"
     return "has no loss; write one" if method.loss is Distiller.loss else ""
 
 
@@ -75,16 +80,30 @@ def fields(*others: str) -> dict[str, type]:
     """
     found: dict[str, type] = {}
     for name in (*names(), *others):
-        for field in dataclasses.fields(load(name)):
-            kind = str if field.type is Distiller else field.type
-            if found.setdefault(field.name, kind) != kind:
-                raise TypeError(f"methods disagree about the type of {field.name!r}: {found[field.name]}, {kind}")
+        for field, kind in _kinds(load(name)).items():
+            kind = str if kind is Distiller else kind
+            if (known := found.setdefault(field, kind)) != kind:
+                raise ValueError(
+                    f"config.method={name!r} has {field!r} as {_word(kind)}, which others have as {_word(known)}; "
+                    f"make it {_word(known)}, or name it otherwise"
+                )
     return found
+
+
+@functools.cache
+def _kinds(method: type[Distiller]) -> dict[str, Any]:
+    """The type of each field of a method, also where its module has `from __future__ import annotations`."""
+    hints = typing.get_type_hints(method)
+    return {field.name: hints[field.name] for field in dataclasses.fields(method)}
+
+
+def _word(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def own(values: Mapping[str, Any]) -> list[str]:
     """The methods of the user's own ("my_module:Class") that a config names: its method, and one within that."""
-    within = (field.name for field in dataclasses.fields(load(values["method"])) if field.type is Distiller)
+    within = (name for name, kind in _kinds(load(values["method"])).items() if kind is Distiller)
     return [name for name in (values["method"], *map(values.get, within)) if name and ":" in name]
 
 
@@ -114,9 +133,9 @@ def _create(method: type[Distiller], given: Mapping[str, Any], places: tuple[str
     values |= given
     known = {field.name: field for field in dataclasses.fields(method)}
     foreign = {name: values.pop(name) for name in list(values) if name not in known}
-    for name, field in known.items():
-        if field.type is Distiller:
-            inner = load(values[name], f"config.{name}") if name in values else type(field.default)
+    for name, kind in _kinds(method).items():
+        if kind is Distiller:
+            inner = load(values[name], f"config.{name}") if name in values else type(known[name].default)
             values[name], foreign = _create(inner, foreign, places), {}
     for name, value in foreign.items():
         raise ValueError(

@@ -41,4 +41,9 @@ class Method(kd.Method):
                 "name a network between the two, or several as 'resnet56>resnet44'"
             )
         chain = [teacher, *(name.strip() for name in self.assistant.split(">")), student]
+        if repeated := [name for i, name in enumerate(chain[1:], 1) if name.lower() in map(str.lower, chain[1:i])]:
+            raise ValueError(
+                f"config.assistant={self.assistant!r}: {repeated[0]!r} is twice in the chain to {student!r}; each "
+                "assistant is a network of its own"
+            )
         return list(itertools.pairwise(chain))
