@@ -229,6 +229,13 @@ def test_state_that_is_too_large_is_written_and_said(begun, capsys):
     assert len(list(again.rglob("checkpoints/7/array"))) == 1
 
 
+def test_damaged_state_is_no_new_campaign(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "part-0").write_bytes(b"half")
+    with pytest.raises(SystemExit, match="part-0 is damaged; copy it again"):
+        go(tmp_path, minutes=0)
+
+
 def test_state_of_another_slice_than_the_folder_is_an_error(begun, capsys):
     out, errors = begun
     errors["teacher"] = MemoryError("none")

@@ -104,12 +104,11 @@ class Campaign:
         self._whole = self.left()
         self._holds_device = False
         self._record_path = out / "campaign.json"
-        packed = pack.state(out / "state")
-        if not self._record_path.exists() and packed:
+        if not self._record_path.exists() and (out / "state" / "part-0").exists():
             pack.unpack(out / "state", out)
-            (out / "packed").write_text(packed)
+            self._packed()
             print(f"unpacked {out / 'state'}")
-        if packed and packed not in _lines(out / "packed"):
+        if (packed := pack.state(out / "state")) and packed not in _lines(out / "packed"):
             raise ValueError(
                 f"--out={out}: state/ is not the state of what else it holds; put it into a new folder and name that, "
                 "or remove it and go on with the rest"
@@ -304,7 +303,7 @@ class Campaign:
         """Packs the state, and says where it is too large."""
         self._write()
         size, folders = pack.pack(self.files(), self.out / "state")
-        (self.out / "packed").write_text(pack.state(self.out / "state") + "\n")
+        self._packed()
         said = f"state: {size / 2**20:.1f} MiB in {self.out / 'state'}"
         if size > self.limit:
             largest = sorted(folders.items(), key=lambda folder: -folder[1])[:8]
@@ -315,6 +314,10 @@ class Campaign:
                 "needs) elsewhere and delete it here"
             )
         print(said, flush=True)
+
+    def _packed(self) -> None:
+        """Notes which state DIR/state is, which is that of the rest of DIR."""
+        (self.out / "packed").write_text(f"{pack.state(self.out / 'state')}\n")
 
     def next(self) -> str:
         """What is done, what failed or was skipped, and what is next, with the time that it will take."""
