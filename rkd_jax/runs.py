@@ -30,9 +30,12 @@ def distil(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
 
     Each trained assistant is the next run's teacher. What is finished is not run again.
     """
-    links, checkpoint = chain(config), config.teacher_checkpoint
+    links = chain(config)
+    if len(links) == 1:
+        return train.train_and_evaluate(config, workdir)
     for link in links[1:]:
         experiment.rehearse(link)
+    checkpoint = config.teacher_checkpoint
     for link in links:
         link.teacher_checkpoint = checkpoint
         folder = Path(workdir) if link is links[-1] else Path(workdir) / "assistants" / link.student
@@ -116,7 +119,7 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
         raise ValueError(
             f"config.smoke sets config.{min(small)} itself, which config.sweep varies; leave one of them out"
         )
-    experiment.drop_foreign([config, *(member for _, member in members)], keep=swept)
+    experiment.drop_foreign([config.copy_and_resolve_references(), *(member for _, member in members)], keep=swept)
     return members
 
 

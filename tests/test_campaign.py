@@ -199,6 +199,10 @@ def test_run_that_found_no_memory_goes_on_in_the_next_slice(begun, capsys):
     assert "next: teacher, " in text
     kept = [name for name in campaign.Campaign(out, "smoke", 1, "", None, 1 << 26).files() if "/checkpoints/7/" in name]
     assert len(kept) == 1
+    go(out)  # not for the first time: the others are not held up
+    text = capsys.readouterr().out
+    assert "stopped: teacher: teacher: the device's memory does not suffice" in text
+    assert "skipped: students: there is no resnet8" in text
 
 
 def test_run_that_diverged_leaves_its_curve(begun, capsys):
@@ -234,6 +238,40 @@ def test_damaged_state_is_no_new_campaign(tmp_path):
     (tmp_path / "state" / "part-0").write_bytes(b"half")
     with pytest.raises(SystemExit, match="part-0 is damaged; copy it again"):
         go(tmp_path, minutes=0)
+    (tmp_path / "state" / "part-0").rename(tmp_path / "state" / "part-1")
+    with pytest.raises(SystemExit, match="part-1 is damaged; copy it again"):
+        go(tmp_path, minutes=0)
+
+
+def test_benchmark_runs_where_the_runs_before_it_are_skipped(short, tmp_path, monkeypatch):
+    listed = campaign.items("smoke")
+    monkeypatch.setattr(campaign, "items", lambda scale: [listed[2], listed[0]])  # without its teacher, and a benchmark
+    monkeypatch.setattr(campaign.Campaign, "_benchmark", lambda *_: {"state": "done"})
+    go(tmp_path)
+    states = json.loads((tmp_path / "campaign.json").read_text())["items"]
+    assert (states["students"]["state"], states["bench"]["state"]) == ("skipped", "done")
+
+
+def test_trained_teacher_of_the_name_of_a_given_one_is_in_the_state(short, tmp_path, monkeypatch):
+    def halve(source, target, **facts):
+        if source != target:
+            shutil.copytree(source, target)
+
+    monkeypatch.setattr(campaign, "halve", halve)
+    monkeypatch.setattr(campaign.evaluate, "evaluate", lambda *_: {"top1": 1.0, "top5": 2.0})
+    made = campaign.Campaign(tmp_path, "smoke", 9, "", None, 1 << 26)
+    made.given(["resnet8", "vgg8"])  # in a slice before, and not in this one
+    item = campaign.items("smoke")[1]
+    planned = made.plan(item)
+    folder = planned[0].folder
+    (folder / "best").mkdir(parents=True)
+    (folder / "best" / "metadata.json").write_text("{}")
+    facts = dict.fromkeys(("images_per_second", "commit", "device", "date"), 0) | {"best": {"top1": 1.0}}
+    (folder / "summary.json").write_text(json.dumps(facts))
+    (folder / "metrics.jsonl").write_text("")
+    made._keep(item, planned)
+    assert "teachers/resnet8/metadata.json" in made.files()
+    assert made.record["given"] == ["vgg8"]
 
 
 def test_state_of_another_slice_than_the_folder_is_an_error(begun, capsys):
@@ -267,15 +305,21 @@ def test_benchmark_has_a_whole_slice_before_it_fails(short, tmp_path, monkeypatc
     item = campaign.Item("slow", command=("benchmarks.slow",), seconds=300)
     monkeypatch.setattr(campaign, "items", lambda scale: [item])
     monkeypatch.setattr(campaign.Campaign, "_benchmark", lambda *_: None)  # not done within the slice
-    made = campaign.Campaign(tmp_path, "smoke", 9, "", None, 1 << 26)
+
+    def begin(minutes):
+        made = campaign.Campaign(tmp_path, "smoke", minutes, "", None, 1 << 26)
+        made._whole = made.left()
+        return made
+
+    made = begin(9)
     made._end -= 60 * 2  # another took two minutes
     assert made._begin(item)
     assert made.open_items() == [item]
     made._end -= 60 * 3
     assert made._begin(item)
     assert "slow is left for the next slice" in capsys.readouterr().out
-    campaign.Campaign(tmp_path, "smoke", 2, "", None, 1 << 26)._begin(item)  # shorter than it takes, and whole
-    made = campaign.Campaign(tmp_path, "smoke", 0, "", None, 1 << 26)
+    begin(2)._begin(item)  # shorter than it takes, and whole
+    made = begin(0)
     assert made.open_items() == []
     assert made.record["items"]["slow"]["note"] == "not done within a slice; give more --minutes"
 

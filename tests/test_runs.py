@@ -97,7 +97,9 @@ def test_field_of_ones_own_method_in_comparisons_sweeps_and_within_dot(tiny, tmp
     assert experiment.build(config).method.strength == 0.1
     assert "strength" not in experiment.build(experiment.alone(config, config.student)).config
     for method in ("own_strength:Method", "dkd"):
-        found = runs.expand(make(method=method, sweep="method=kd,own_strength:Method seed=0,1"))
+        config = make(method=method, sweep="method=kd,own_strength:Method seed=0,1")
+        found = runs.expand(config)
+        assert config.strength == 0.1
         built = [experiment.build(member).config for _, member in found]
         assert [(run["method"], run.get("strength")) for run in built[1:3]] == [
             ("kd", None),

@@ -101,10 +101,10 @@ class Campaign:
         self.results, self.work = out / "results" / "tables", out / "work"
         self._start = time.monotonic()
         self._end = self._start + 60 * minutes - SCALES[scale].margin
-        self._whole = self.left()
+        self._whole = 0.0  # seconds of this slice, once it has begun to work
         self._holds_device = False
         self._record_path = out / "campaign.json"
-        if not self._record_path.exists() and (out / "state" / "part-0").exists():
+        if not self._record_path.exists() and any((out / "state").glob("part-*")):
             pack.unpack(out / "state", out)
             self._packed()
             print(f"unpacked {out / 'state'}")
@@ -173,6 +173,7 @@ class Campaign:
             config = cells.configure(cell, self._cells_scale)
             config.data_dir = self._data_dir
             experiment.load_splits(experiment.Fields(config.to_dict()))  # takes no device: benchmarks need it whole
+        self._whole = self.left()
         stopper = threading.Timer(max(self.left(), 0.1), os.kill, (os.getpid(), signal.SIGTERM))
         stopper.daemon = True
         before = signal.signal(signal.SIGTERM, _stop)  # where the loop of training does not take it
@@ -202,14 +203,15 @@ class Campaign:
             elif begun >= 0.9 * self._whole:
                 self._note(item, state="failed", note="not done within a slice; give more --minutes")
             return True
-        self._holds_device = True
-        _devices.start()
-        if self.left() < SCALES[self.scale].least:
-            return False
         if teacher := self.lacking(item):
             print(f"\n{item.name} is skipped: there is no {teacher}")
             self._note(item, state="skipped", note=f"there is no {teacher}; --teachers DIR names DIR/{teacher}")
             return True
+        if self.left() < SCALES[self.scale].least:
+            return False
+        self._holds_device = True
+        _devices.start()
+        before = self.record["items"].pop(item.name, {})
         print(f"\n== {item.name}", flush=True)
         planned, errors = self.plan(item), {}
         for group in run.groups(run.missing(planned, self.results, self._cells_scale), len(planned)):
@@ -219,7 +221,7 @@ class Campaign:
         note = {"note": "; ".join(f"{name}: {error}" for name, error in errors.items())} if errors else {}
         if any(isinstance(error, MemoryError) for error in errors.values()):  # perhaps others', and gone next time
             self._note(item, state="stopped", **note)
-            return False
+            return before.get("state") == "stopped"  # not for the first time: the others go on
         with _uninterrupted():
             facts = self._keep(item, planned)
             self._note(item, state="failed" if errors else "done", **facts, **note)
@@ -268,6 +270,7 @@ class Campaign:
             network = self.out / "networks" / item.name / each.config.student / cell.name
             if cell.name == "teacher":
                 network = self.out / "teachers" / each.config.student
+                self.record["given"] = [name for name in self.record.get("given", ()) if name != network.name]
             halve(each.folder / "best", network)
             if cell.name == "teacher":  # measured as it is kept
                 config = each.config.copy_and_resolve_references()
