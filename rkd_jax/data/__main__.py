@@ -18,16 +18,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, help="copy the decoded set here: a data_dir that needs no TFDS")
     arguments = parser.parse_args(argv)
     with _flags.one_sentence(arguments, dataset="NAME"):
-        prepared = arguments.name in ("cifar100", "tiny_imagenet") or arguments.name.startswith("tfds:")
-        if arguments.cache and not prepared:
-            raise ValueError(f"--cache is of what TFDS prepared, and {arguments.name} needs none; leave it out")
-        if arguments.archive and arguments.name != "tiny_imagenet":
+        root = _prepared.folder(arguments.data_dir)
+        if arguments.archive and not _prepared.own_builder(arguments.name):
             raise ValueError(f"--archive is for tiny_imagenet; {arguments.name} has no use for it")
         if arguments.archive:
-            _prepared.prepare(arguments.name, _prepared.folder(arguments.data_dir), archive=arguments.archive)
+            _prepared.prepare(arguments.name, root, archive=arguments.archive)
         splits = data.load(arguments.name, arguments.data_dir)
         if arguments.cache:
             name = arguments.name.removeprefix("tfds:")
+            if not (root / name.partition(":")[0]).is_dir():
+                raise ValueError(f"--cache is of what TFDS prepared, and {arguments.name} needs none; leave it out")
             print(f"copied to {_prepared.copy_cache(name, arguments.data_dir, arguments.cache)}")
     for name, split in (("train", splits.train), ("test", splits.test)):
         shape = "x".join(map(str, split.images.shape[1:]))

@@ -261,6 +261,12 @@ def hold_out(split: Split) -> tuple[Split, Split]:
 # Preparing.
 
 
+def own_builder(name: str) -> str:
+    """The module of a builder of ours; "" for a set of TFDS's own."""
+    module = f"rkd_jax.data._{name}_builder"
+    return module if name.isidentifier() and importlib.util.find_spec(module) else ""
+
+
 def prepare(name: str, root: Path, version: str = "", archive: str = "") -> Path:
     """Downloads a set, or takes its files from `root`/downloads/manual (ours: or `archive`), and prepares it in `root`.
 
@@ -268,8 +274,7 @@ def prepare(name: str, root: Path, version: str = "", archive: str = "") -> Path
     FileNotFoundError, within seconds, that says which file to put where if there is neither a file nor a network;
     ModuleNotFoundError if a package is lacking; ValueError if a file is damaged or the name unknown.
     """
-    ours = f"rkd_jax.data._{name}_builder"
-    if name.isidentifier() and importlib.util.find_spec(ours):
+    if ours := own_builder(name):
         with _tensorflow_free(f"preparing {name}"):  # ours store files as they are, which takes no TensorFlow
             builder_class = getattr(importlib.import_module(ours), name.title().replace("_", ""))
             builder = builder_class(data_dir=root, file_format="array_record")
