@@ -92,13 +92,7 @@ def main():
     for i, name in enumerate(flags.losses):
         own = summaries[i * flags.seeds : (i + 1) * flags.seeds]
         last, best = ([each[kind]["top1"] for each in own] for kind in ("last", "best"))
-        rows[name] = {
-            "last": last,
-            "best": best,
-            "mean_last": statistics.mean(last),
-            "spread": statistics.stdev(last) if len(last) > 1 else None,
-            "config": own[0]["config"],
-        }
+        rows[name] = {"last": last, "best": best, "config": own[0]["config"]}
     record = {
         "scale": "short",
         "rows": rows,

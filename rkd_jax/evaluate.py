@@ -118,7 +118,7 @@ def run(
         chosen = config if changes is None else recorded(path, config, changes)
         result = evaluate(chosen, path)
         results.append({"path": str(path), "dataset": chosen.dataset, **result})
-        random = chosen.smoke and ":" not in chosen.dataset
+        random = chosen.smoke and data.form(chosen.dataset)
         images = f"{result['images']:,} " + ("random images" if random else f"test images of {chosen.dataset}")
         step = f"step {result['step']:,}: " if result["step"] is not None else ""
         print(

@@ -22,7 +22,7 @@ from rkd_jax.data import augment
 from rkd_jax.methods import Context, Distiller
 
 ORDER, STEP, INIT = 0, 1, 2  # the streams that the run's key is folded into
-LOGGED = ("loss", "count", "step", "epoch", "kind", "learning_rate", "images_per_second")  # of every line of the log
+LOGGED = ("loss", "count", "step", "epoch", "kind", "learning_rate", "images_per_second")  # by the log itself
 FOR_ONCE = {"cpu": {"xla_backend_optimization_level": 2}}  # XLA's options, by platform, of what `run_once` compiles
 
 

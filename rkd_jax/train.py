@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rkd_jax import _devices, experiment, feed, methods, models, optim, processes, steps
+from rkd_jax import _devices, data, experiment, feed, methods, models, optim, processes, steps
 from rkd_jax.checkpoint import Checkpoints, save_network
 from rkd_jax.metrics import Clock, Silent, Writer
 from rkd_jax.models import _conv
@@ -104,7 +104,7 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
 def _train(students: Sequence["Student"], mesh: Mesh) -> None:
     """The loop: for each call of the step, train; now and then, log, evaluate, save."""
     run = students[0].run
-    loop, recipe, data = run.loop, run.recipe, run.splits.train
+    loop, recipe, split = run.loop, run.recipe, run.splits.train
     data_rng, spe = jax.random.key(run.data_seed), recipe.steps_per_epoch
     start = _restore(students)
     states = steps.replicate(tuple(student.state for student in students), mesh)
@@ -116,14 +116,14 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
     train_step = steps.make_train_step([student.run.learner for student in students], teaching.teacher, recipe, mesh)
 
     plan = feed.calls(start, recipe.num_steps, spe, loop.steps_per_call, loop.log_every, loop.eval_every)
-    streams = feed.streams(run.config["stream"], data)
+    streams = feed.streams(run.config["stream"], split)
     rngs = tuple(jax.random.key(student.run.config["seed"]) for student in students)
-    inputs = steps.Inputs(data_rng, rngs, *((None, None) if streams else data), teaching.teacher_variables)
+    inputs = steps.Inputs(data_rng, rngs, *((None, None) if streams else split), teaching.teacher_variables)
     inputs = steps.replicate(inputs, mesh)
     if streams:
-        source = feed.streamed(plan, data_rng, spe, data, mesh, recipe.batch_size)
+        source = feed.streamed(plan, data_rng, spe, split, mesh, recipe.batch_size)
     else:
-        source = feed.resident(plan, data_rng, spe, data, mesh)
+        source = feed.resident(plan, data_rng, spe, split, mesh)
 
     for student in students:
         student.open(start, mesh)
@@ -436,8 +436,7 @@ def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
         + (f" ({with_fields})" if names else "")
         + f": {len(run.splits.train.labels):,} training and {len(run.splits.test.labels):,} test images, "
         f"{run.recipe.num_steps:,} steps of {run.recipe.batch_size}, seed {config['seed']}, on {device_name()}"
-        + (" | SMOKE" if config["smoke"] else "")
-        + (": random images" if config["smoke"] and ":" not in config["dataset"] else "")
+        + (" | SMOKE" + (": random images" if data.form(config["dataset"]) else "") if config["smoke"] else "")
         + (f" | optimizer {config['optimizer']} ({options})" if config["optimizer"] != "sgd" else "")
         + (f" | schedule {config['schedule']}" if config["schedule"] != "step" else "")
         + (f" | goes on from step {start:,}" if start else "")
@@ -451,9 +450,9 @@ def _not_reached(run: experiment.Experiment) -> str:
     decays, warmup = config["decay_epochs"], config["lr_warmup_epochs"]
     if config["smoke"]:
         return ""
-    return (f" | the rate never falls: config.decay_epochs={decays}" if decays and min(decays) >= epochs else "") + (
-        f" | the rate rises to the end: config.lr_warmup_epochs={warmup}" if warmup > epochs else ""
-    )
+    falls = f" | the rate never falls: config.decay_epochs={decays}" if decays and min(decays) >= epochs else ""
+    rises = f" | the rate rises to the end: config.lr_warmup_epochs={warmup}" if warmup > epochs else ""
+    return falls + rises
 
 
 def _write_overview(params: Any, path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from test_methods import MINE
 
 from rkd_jax import data, evaluate, experiment, runs, train
 
@@ -26,6 +27,12 @@ class Small(nn.Module):
         x = nn.relu(nn.Conv(8, (3, 3), strides=2)(images))
         return nn.Dense(self.num_classes)(x.mean((1, 2)))
 """
+
+
+def write_images(root, images, labels):
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        (root / str(label)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(root / str(label) / f"{i}.png")
 
 
 def test_comparison_trains_teacher_student_and_both(tiny, tmp_path, capsys):
@@ -68,45 +75,30 @@ def test_comparison_finds_another_teacher_than_the_given_one_before_it_trains(re
     assert not (tmp_path / "run").exists()
 
 
-METHOD = """
-import dataclasses
-from rkd_jax import losses
-from rkd_jax.methods import base
-
-@dataclasses.dataclass(frozen=True)
-class Method(base.Distiller):
-    strength: float = 1.0
-
-    def loss(self, params, state, student, teacher, batch, context):
-        label = losses.cross_entropy(student.logits, batch["label"]).mean()
-        return {"label": label, "own": self.strength * ((student.logits - teacher.logits) ** 2).mean()}, state, {}
-"""
-
-
 def test_field_of_ones_own_method_in_comparisons_sweeps_and_within_dot(tiny, tmp_path, monkeypatch):
-    (tmp_path / "own_strength.py").write_text(METHOD)
+    (tmp_path / "own_strength.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
 
     def make(**fields):
         config = tiny(**fields)
         with config.unlocked():
-            config.strength = 0.1
+            config.strength = 0.5
         return config
 
     config = make(method="own_strength:Method")
-    assert experiment.build(config).method.strength == 0.1
+    assert experiment.build(config).method.strength == 0.5
     assert "strength" not in experiment.build(experiment.alone(config, config.student)).config
     for method in ("own_strength:Method", "dkd"):
         config = make(method=method, sweep="method=kd,own_strength:Method seed=0,1")
         found = runs.expand(config)
-        assert config.strength == 0.1
+        assert config.strength == 0.5
         built = [experiment.build(member).config for _, member in found]
         assert [(run["method"], run.get("strength")) for run in built[1:3]] == [
             ("kd", None),
-            ("own_strength:Method", 0.1),
+            ("own_strength:Method", 0.5),
         ]
     built = experiment.build(make(method="dot", inner="own_strength:Method")).config
-    assert (built["inner"], built["strength"]) == ("own_strength:Method", 0.1)
+    assert (built["inner"], built["strength"]) == ("own_strength:Method", 0.5)
     members = runs.expand(make(method="kd", sweep="method=kd,own_strength:Method strength=1,2"))
     with pytest.raises(ValueError, match=r"config\.strength is read by nothing; config\.method='kd' has no such"):
         experiment.build(members[0][1])
@@ -131,10 +123,7 @@ def test_evaluation_names_the_field_and_says_what_it_cannot_write(resnets, teach
 
 def test_evaluation_without_a_config_takes_that_of_each_run(tiny, teacher, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 9, 9), np.uint8)
-    for i, image in enumerate(pixels):
-        path = tmp_path / "images" / f"{i % 3}"
-        path.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path / f"{i}.png")
+    write_images(tmp_path / "images", pixels, np.arange(40) % 3)
     own = {"dataset": f"folder:{tmp_path / 'images'}", "image_size": 8, "num_train": 32, "num_test": None}
     alone = {"method": "cross_entropy", "teacher": "", "teacher_checkpoint": "", "num_steps": 1}
     runs.distil(tiny(**own, **alone), tmp_path / "all" / "own")
@@ -182,12 +171,8 @@ def test_takd_goes_through_its_assistants(resnets, tmp_path):
 
 
 def test_own_folder_and_own_network_distil(tiny, tmp_path, monkeypatch):
-    splits = data.load("digits")
-    for i in range(100):
-        image, label = splits.train.images[i, :, :, 0], splits.train.labels[i]
-        path = tmp_path / "images" / str(label)
-        path.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path / f"{i}.png")
+    digits = data.load("digits").train
+    write_images(tmp_path / "images", digits.images[:100, :, :, 0], digits.labels[:100])
     (tmp_path / "own_network.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     fields = {"dataset": f"folder:{tmp_path / 'images'}", "image_size": 8, "num_train": None, "num_test": None}
@@ -209,10 +194,7 @@ def test_one_run_is_not_several(tiny, tmp_path, field):
 
 
 def test_smoke_of_a_folder_takes_a_few_of_its_images(tiny, tmp_path, capsys):
-    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (33, 8, 8), np.uint8)):
-        path = tmp_path / "images" / f"{i % 3}"
-        path.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path / f"{i}.png")
+    write_images(tmp_path / "images", np.zeros((33, 8, 8), np.uint8), np.arange(33) % 3)
     alone = {"method": "cross_entropy", "teacher": "", "teacher_checkpoint": "", "num_train": None, "num_test": None}
     runs.distil(tiny(dataset=f"folder:{tmp_path / 'images'}", smoke=True, **alone), tmp_path / "run")
     text = capsys.readouterr().out

@@ -85,18 +85,24 @@ def subset(split: Split, count: int | None, field: str = "count", what: str = "i
     return Split(np.asarray(split.images[chosen]), split.labels[chosen])
 
 
+def form(name: str) -> tuple[tuple[int, int, int], int] | None:
+    """The image shape and the number of classes that a data set's file states as its FORM; None where none does."""
+    return getattr(importlib.import_module(f"{__name__}.{name}"), "FORM", None) if name in names() else None
+
+
 def random(name: str, num_train: int, num_test: int, image_size: int | None = None, data_dir: str = "") -> Splits:
     """Noise in the form of a data set, for smoke runs: the same every time, and nothing need be prepared.
 
-    A data set's file states its form: FORM = (image shape, number of classes). One without is loaded, and has no more
-    images than there are.
+    A data set without a `form` is loaded, and has no more images than there are.
     """
-    form = getattr(importlib.import_module(f"{__name__}.{name}"), "FORM", None) if name in names() else None
-    if form is None:
-        whole = load(name, data_dir, None, None, image_size)
-        most = (min(few, len(split.labels)) for few, split in ((num_train, whole.train), (num_test, whole.test)))
-        return load(name, data_dir, *most, image_size)
-    shape, num_classes = form
+    if (known := form(name)) is None:
+        whole = load(name, data_dir, image_size=image_size)
+        train, test = (
+            subset(split, min(count, len(split.labels)))
+            for split, count in ((whole.train, num_train), (whole.test, num_test))
+        )
+        return whole._replace(train=train, test=test)
+    shape, num_classes = known
     generator = np.random.default_rng(0)
 
     def split(count: int) -> Split:

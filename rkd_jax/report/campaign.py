@@ -421,7 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", default="", help="as config.data_dir; smoke without it: random images")
     parser.add_argument("--teachers", type=Path, help="it holds teachers that need not be trained: NAME or NAME/best")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
-    parser.add_argument("--state_mib", type=int, default=64, help="what DIR/state may take, in parts of 16 MiB")
+    parser.add_argument("--state_mib", type=int, default=64, help="warn where DIR/state takes more")
     flags = parser.parse_args(arguments)
     logging.set_verbosity(logging.WARNING)
     if not jax.config.jax_compilation_cache_dir:  # by host name, for programs for one CPU may not run on another
