@@ -5,9 +5,11 @@ import platform
 import signal
 import sys
 
+from rkd_jax import _files
+
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the start-up, imports too; the loop saves before it obeys
 # Before jax is imported. By host name, for programs for one CPU may not run on another.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(f"~/.cache/rkd_jax/{platform.node()}"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_files.cache() / platform.node()))
 
 from absl import app, flags, logging
 from ml_collections import config_flags

@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 
 from configs import cifar100_res56_res20
-from rkd_jax import _memory, losses, train
+from rkd_jax import _files, _memory, losses, train
 from rkd_jax.methods import base
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,8 +114,7 @@ def main():
 
 def losses_of(path: Path) -> dict[int, float]:
     """The training losses of a run by step."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+    return {line["step"]: line["loss"] for line in _files.read_lines(path) if line["kind"] == "train"}
 
 
 def records(path: Path) -> list[dict]:

@@ -220,33 +220,30 @@ class Checkpoints:
         """The steps of which there is a state."""
         return set(self._manager.all_steps())
 
-    def restore(self, template: Any, step: int | None = None) -> tuple[Any, dict[str, Any]] | None:
-        """The state of a step (None: the newest that is whole), as host arrays, and its progress; None: there is none.
+    def restore(self, template: Any, step: int) -> tuple[Any, dict[str, Any]] | None:
+        """The state of a step, as host arrays, and its progress.
 
-        A damaged one is named in the log and set aside as damaged-STEP.
+        None where it is damaged; it is then named in the log, and set aside as damaged-STEP.
         """
         _hush()
         template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
         arguments = ocp.checkpoint_utils.construct_restore_args(template)
-        for there in sorted(self.steps(), reverse=True) if step is None else [step]:
-            try:
-                found = self._manager.restore(
-                    there,
-                    args=ocp.args.Composite(
-                        state=ocp.args.PyTreeRestore(template, restore_args=arguments), record=ocp.args.JsonRestore()
-                    ),
-                )
-                if _checksum(found.state) != found.record["checksum"]:
-                    raise ValueError("its checksum does not match")
-                return found.state, found.record["progress"]
-            except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
-                logging.warning(
-                    "checkpoint %s is damaged and set aside (%s); trying the one before it",
-                    self._folder / str(there),
-                    _first_line(error),
-                )
-                self._set_aside(there)
-        return None
+        parts = ocp.args.Composite(
+            state=ocp.args.PyTreeRestore(template, restore_args=arguments), record=ocp.args.JsonRestore()
+        )
+        try:
+            found = self._manager.restore(step, args=parts)
+            if _checksum(found.state) != found.record["checksum"]:
+                raise ValueError("its checksum does not match")
+            return found.state, found.record["progress"]
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+            logging.warning(
+                "checkpoint %s is damaged and set aside (%s); trying the one before it",
+                self._folder / str(step),
+                _first_line(error),
+            )
+            self._set_aside(step)
+            return None
 
     def drop_after(self, step: int) -> None:
         """Deletes the states of later steps: the run goes on from this one."""

@@ -328,7 +328,7 @@ def _to_folder(args: argparse.Namespace) -> str:
     metadata["image_size"] = args.image_size or noted.get("image_size", usual)
     metadata |= {"dataset": noted["dataset"]} if "dataset" in noted else {}
     checkpoint.save_network(args.output, variables, metadata)
-    count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    count = models.count_parameters(variables["params"])
     return (
         f"{args.output}: {name}, {num_classes} classes, {count:,} parameters, from {path.name} ({digest[:12]})\n"
         f"normalisation ({metadata['normalisation']}): mean {metadata['mean']}, std {metadata['std']}"

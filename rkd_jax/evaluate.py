@@ -1,6 +1,5 @@
 """Restores networks from disk and reports their accuracy."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ import jax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from rkd_jax import checkpoint, data, experiment, models, steps, train
+from rkd_jax import _files, checkpoint, data, experiment, models, processes, steps, train
 from rkd_jax.data import augment
 
 
@@ -77,7 +76,7 @@ def recorded(path: Path, config: ConfigDict, changes: Mapping[str, Any]) -> Conf
     if "dataset" in changes:
         return config
     if path.name in ("best", "last") and (file := path.parent / "config.json").is_file():
-        return ConfigDict({**train.read_json(file), **changes})
+        return ConfigDict({**_files.read_json(file), **changes})
     dataset = checkpoint.read_metadata(path, "--workdir").get("dataset", "")
     if not dataset:
         return config
@@ -121,12 +120,12 @@ def run(
         random = chosen.smoke and data.form(chosen.dataset)
         images = f"{result['images']:,} " + ("random images" if random else f"test images of {chosen.dataset}")
         step = f"step {result['step']:,}: " if result["step"] is not None else ""
-        print(
-            f"{path}: {result['network']}, {step}top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % ({images})"
-        )
-    record = json.dumps({"results": results, **train.provenance()}, indent=2)
-    try:
-        (workdir / "evaluation.json").write_text(record + "\n")
-    except OSError as error:  # a shared teacher may be read-only
-        print(f"not written: {error}")
+        line = f"{path}: {result['network']}, {step}top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
+        if processes.leads():
+            print(f"{line} ({images})")
+    if processes.leads():
+        try:
+            _files.write_json(workdir / "evaluation.json", {"results": results, **train.provenance()})
+        except OSError as error:  # a shared teacher may be read-only
+            print(f"not written: {error}")
     return results

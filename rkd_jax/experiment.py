@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -79,13 +80,14 @@ class Fields:
             raise ValueError(f"config.{name}={value!r} is none of {', '.join(map(repr, choices))}")
         return value
 
-    def at_least(self, name: str, least: float, most: float = float("inf")) -> Any:
+    def at_least(self, name: str, least: float, most: float = math.inf) -> Any:
         """The value of a number that must not be below `least`, nor above `most`."""
         if not (value := getattr(self, name)) >= least:  # NaN neither
             what = "is too low" if value < least else "is no number"
             raise ValueError(f"config.{name}={value} {what}; take {least} or more")
-        if value > most:
-            raise ValueError(f"config.{name}={value} is too high; take {most} or less")
+        if value > most or value == math.inf:
+            mend = "less" if most == math.inf else f"{most} or less"
+            raise ValueError(f"config.{name}={value} is too high; take {mend}")
         return value
 
     def check_all_read(self) -> None:
@@ -142,8 +144,11 @@ def build(config: ConfigDict) -> Experiment:
         teacher_normalization=steps.Normalization(tuple(metadata["mean"]), tuple(metadata["std"])) if teacher else None,
     )
     fields.one_of("view_reduction", ("sum", "mean"))
-    if fields.eval_epochs <= 0:
-        raise ValueError(f"config.eval_epochs={fields.eval_epochs} is not positive; take, say, 1.0")
+    if not 0 < fields.eval_epochs < math.inf:
+        raise ValueError(
+            f"config.eval_epochs={fields.eval_epochs} is no number of epochs; take, say, 1.0, or as many as "
+            "config.num_epochs to test at the end alone"
+        )
     # XLA's convolutions on CPU are 20 times slower inside a loop.
     default_steps_per_call = 1 if jax.default_backend() == "cpu" else 10
     loop = Loop(
@@ -181,7 +186,7 @@ def _optimization(
     fields: Fields, num_steps: int, steps_per_epoch: int
 ) -> tuple[optax.Schedule, optax.GradientTransformation, set[str]]:
     """The schedule, the optimizer, and the fields about them that these two do not use."""
-    if not all(isinstance(epoch, int | float) and epoch > 0 for epoch in fields.decay_epochs):
+    if not all(isinstance(epoch, int | float) and 0 < epoch < math.inf for epoch in fields.decay_epochs):
         raise ValueError(f"config.decay_epochs={fields.decay_epochs!r} are no epochs; take, say, (150, 180, 210)")
     name, optimizer = fields.one_of("schedule", optim.SCHEDULES), fields.optimizer
     falls = {"decay_epochs": fields.decay_epochs, "decay_factor": fields.at_least("decay_factor", 0)}
@@ -216,7 +221,10 @@ def shrink(config: ConfigDict) -> dict[str, Any]:
     """The config's fields, with config.smoke made so small, where they are not smaller, that a run takes seconds."""
     values = config.to_dict()
     if values.get("smoke"):
-        values |= {name: min(most, values.get(name) or most) for name, most in SMOKE.items()}
+        devices = jax.device_count()
+        batch = -(-SMOKE["batch_size"] // devices) * devices  # which they can share
+        for name, most in (SMOKE | {"batch_size": batch, "num_train": max(SMOKE["num_train"], batch)}).items():
+            values[name] = most if values.get(name) is None else min(most, values[name])
     return values
 
 
@@ -256,7 +264,9 @@ def create_method(config: ConfigDict) -> methods.Distiller:
 def load_splits(fields: Fields) -> data.Splits:
     """The data set that the fields name; random images of its form under config.smoke."""
     name, data_dir, image_size = fields.dataset, fields.data_dir, fields.image_size
-    num_train, num_test = fields.num_train, fields.num_test
+    num_train, num_test = (
+        None if getattr(fields, count) is None else fields.at_least(count, 1) for count in ("num_train", "num_test")
+    )
     if fields.smoke:
         return data.random(name, num_train, num_test, image_size, data_dir)
     return data.load(name, data_dir, num_train, num_test, image_size)

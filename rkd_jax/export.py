@@ -34,7 +34,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from rkd_jax import _devices, _flags, checkpoint, convert, evaluate, models, train
+from rkd_jax import _devices, _files, _flags, checkpoint, convert, evaluate, models, train
 from rkd_jax.models import _conv
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -237,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
         name = FORMATS[kind].file
         files.pop(name, None)
         files[name] = write(export, kind, args.output / name, pixels) | train.provenance() | {"device": DEVICE}
-        path.write_text(json.dumps(facts | {"files": files}, indent=1) + "\n")
+        _files.write_json(path, facts | {"files": files})
 
 
 def _described(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

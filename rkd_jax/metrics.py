@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
+from rkd_jax import _files
+
 try:
     from tqdm import tqdm
 except ModuleNotFoundError:
@@ -33,9 +35,9 @@ class Writer:
     ):
         self._label = f"{label} | " if label else ""
         path = Path(workdir) / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= step]
+        kept = [line for line in _files.read_lines(path) if line["step"] <= step]
         fresh = path.with_suffix(".new")
-        fresh.write_text("".join(kept))
+        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
         fresh.replace(path)
         self._file = path.open("a")
         try:
@@ -113,13 +115,6 @@ def _say(line: str) -> None:
 @functools.cache
 def _say_once(line: str) -> None:
     _say(line)
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a JSON lines file; a last one that was cut short is left out."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 class Clock:

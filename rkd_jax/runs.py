@@ -1,14 +1,13 @@
 """What one command runs: a network, a chain of networks, a sweep, or a student with and without its teacher."""
 
 import itertools
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from rkd_jax import evaluate, experiment, models, processes, train
+from rkd_jax import _files, evaluate, experiment, models, processes, train
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
@@ -83,7 +82,7 @@ def sweep(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]
         for (name, _), summary in zip(members, summaries, strict=True)
     ]
     if processes.leads():
-        (workdir / "sweep.json").write_text(json.dumps({"rows": rows, **train.provenance()}, indent=1) + "\n")
+        _files.write_json(workdir / "sweep.json", {"rows": rows, **train.provenance()})
         width = max(len(name) for name, _ in members)
         print(f"\n{'':{width}}  top-1 last %  best %")
         for row in rows:
@@ -171,8 +170,7 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
     summary = distil(config, workdir / "distilled")
     rows.append({"role": "student distilled", "network": config.student, "method": config.method, **summary})
     if processes.leads():
-        record = {"rows": rows, **train.provenance()}
-        (workdir / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
+        _files.write_json(workdir / "comparison.json", {"rows": rows, **train.provenance()})
         print("\n" + table(rows))
     return rows
 

@@ -397,7 +397,7 @@ def _update(
             weight = scale if learner.view_reduction == "mean" else 1.0
             terms = jax.tree.map(lambda *x: weight * sum(x), *(terms for terms, _ in parts))
             metrics = jax.tree.map(lambda *x: scale * sum(x), *(metrics for _, metrics in parts))
-        label = terms.get("label", jnp.float32(0))
+        label = terms["label"]
         distill = sum((value for name, value in terms.items() if name != "label"), start=jnp.float32(0))
         correct = jnp.stack([outputs.logits.argmax(-1) == batch["label"] for outputs in students])
         metrics = {"loss": label + distill, **terms, "top1": 100 * correct.mean(), **metrics, "count": 1.0}

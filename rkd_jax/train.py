@@ -1,14 +1,13 @@
 """The training loop: for each step, train; now and then, log, evaluate, save."""
 
 import contextlib
-import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rkd_jax import _devices, data, experiment, feed, methods, models, optim, processes, steps
+from rkd_jax import _devices, _files, data, experiment, feed, methods, models, optim, processes, steps
 from rkd_jax.checkpoint import Checkpoints, save_network
 from rkd_jax.metrics import Clock, Silent, Writer
 from rkd_jax.models import _conv
@@ -86,7 +85,8 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
         summaries = processes.in_lead(start)
         open_ones = [i for i, summary in enumerate(summaries) if summary is None]
         if processes.leads() and len(open_ones) < len(members):
-            print("\n".join(f"{f} holds this run, finished; nothing to do" for f in folders if _finished(f)))
+            finished = [folder for folder, summary in zip(folders, summaries, strict=True) if summary is not None]
+            print("\n".join(f"{folder} holds this run, finished; nothing to do" for folder in finished))
         students = [Student(runs[i], folders[i], folders[i].name if len(members) > 1 else "") for i in open_ones]
         for student in students:
             stack.callback(student.close)
@@ -160,7 +160,7 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
                 totals = [{} for _ in students]
             if evaluate:
                 for i in sound:
-                    students[i].evaluate(done, states[i], mesh)
+                    students[i].evaluate(done, states[i])
             if save:
                 for i in sound:
                     students[i].save(done, states[i], totals[i], clock.seconds)
@@ -236,7 +236,7 @@ class Student:
         rate = float(self.run.schedule(step - 1))
         self.writer.write(step, "train", means | {"learning_rate": rate, "images_per_second": speed})
 
-    def evaluate(self, step: int, state: steps.TrainState, mesh: Mesh) -> None:
+    def evaluate(self, step: int, state: steps.TrainState) -> None:
         """Tests the network, and saves it as the last and, where it is, the best."""
         run, variables = self.run, {"params": state.params["student"], "batch_stats": state.batch_stats}
         images = jax.ShapeDtypeStruct((1, *run.splits.test.images.shape[1:]), np.float32)
@@ -260,7 +260,7 @@ class Student:
         """Writes the summary of a program of so many students."""
         self.summary = _summary(self.run, self.progress, self.parameters, together)
         if processes.leads():
-            (self.workdir / "summary.json").write_text(json.dumps(self.summary, indent=2) + "\n")
+            _files.write_json(self.workdir / "summary.json", self.summary)
 
     def close(self) -> None:
         """Waits until everything is on disk."""
@@ -314,40 +314,35 @@ def _release(workdir: Path) -> None:
 
 def _finished(workdir: Path) -> dict[str, Any] | None:
     path = workdir / "summary.json"
-    return read_json(path) if path.exists() else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file of a run; ValueError, with the mend, where it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from error
+    return _files.read_json(path) if path.exists() else None
 
 
 def _check_shared(runs: Sequence[experiment.Experiment], folders: Sequence[Path]) -> None:
     """ValueError where runs of one program differ in what they share, naming the field."""
     if len(set(folders)) < len(folders):
         raise ValueError("two of the runs that train together have the same folder; give each its own")
-    first, taught = 0, None
-    for i, run in enumerate(runs):
-        own = {*OWN, *TEACHER, *methods.hyperparameters(run.method), *methods.hyperparameters(runs[first].method)}
-        compared = [(name, first) for name in run.config if name not in own and name not in ELSEWHERE]
-        if run.teacher is not None:
-            taught = i if taught is None else taught
-            compared += [(name, taught) for name in ("teacher", "teacher_fingerprint", "fold_teacher")]
-        for name, other in compared:
-            here, there = run.config.get(name), runs[other].config.get(name)
+
+    def check(i: int, other: int, names: Iterable[str]) -> None:
+        for name in names:
+            here, there = runs[i].config.get(name), runs[other].config.get(name)
             if here != there:
                 raise ValueError(
                     f"runs that train together share config.{name}, which is {there!r} in {folders[other]} and "
                     f"{here!r} in {folders[i]}; train them apart, or with one value"
                 )
-        if run.data_seed != runs[first].data_seed:
+
+    first = runs[0]
+    for i, run in enumerate(runs[1:], start=1):
+        own = {*OWN, *TEACHER, *ELSEWHERE, *methods.hyperparameters(run.method), *methods.hyperparameters(first.method)}
+        check(i, 0, (name for name in run.config if name not in own))
+        if run.data_seed != first.data_seed:
             raise ValueError(
-                f"runs that train together see the same images, and the seed is {runs[first].data_seed} in "
-                f"{folders[first]} and {run.data_seed} in {folders[i]}; set config.data_seed, the same for all"
+                f"runs that train together see the same images, and the seed is {first.data_seed} in "
+                f"{folders[0]} and {run.data_seed} in {folders[i]}; set config.data_seed, the same for all"
             )
+    taught = [i for i, run in enumerate(runs) if run.teacher is not None]
+    for i in taught[1:]:
+        check(i, taught[0], ("teacher", "teacher_fingerprint", "fold_teacher"))
 
 
 def _groups(students: Sequence[Student]) -> list[list[Student]]:
@@ -386,12 +381,10 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> bool:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if free := not path.exists():
-            fresh = workdir / "config.json.new"
-            fresh.write_text(json.dumps(config, indent=2) + "\n")
-            fresh.replace(path)
+            _files.write_json(path, config)
         elif not os.access(workdir, os.W_OK):
             raise PermissionError("no permission")
-        there, config = ({**BEFORE, **known} for known in (read_json(path), config))
+        there, config = ({**BEFORE, **known} for known in (_files.read_json(path), config))
     except OSError as error:
         raise OSError(f"--workdir={workdir} cannot be written ({error}); name another") from error
     names = [name for name in {**there, **config} if name not in ELSEWHERE + SPOKEN]
@@ -464,7 +457,7 @@ def _write_overview(params: Any, path: Path) -> None:
 
 
 def device_name() -> str:
-    """The devices of this process, in words: "2 x NVIDIA H100"."""
+    """The devices of all processes, in words: "2 x NVIDIA H100"."""
     count, kind = jax.device_count(), jax.devices()[0].device_kind
     return kind if count == 1 else f"{count} x {kind}"
 

@@ -50,6 +50,25 @@ def test_config_builds(path):
 
 
 @pytest.mark.usefixtures("fast_compile")
+@pytest.mark.parametrize(
+    ("devices", "given", "batch_size", "num_train"), [(1, 64, 8, 32), (1, 4, 4, 32), (6, 64, 12, 32), (48, 96, 48, 48)]
+)
+def test_smokes_batch_divides_among_the_devices(devices, given, batch_size, num_train, monkeypatch):
+    config = default.get_config()
+    config.update(smoke=True, batch_size=given)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    values = experiment.shrink(config)
+    assert (values["batch_size"], values["num_train"]) == (batch_size, num_train)
+
+
+def test_smoke_hides_no_wrong_value():
+    for name in ("batch_size", "num_train", "num_test", "num_steps", "log_every", "eval_batch_size"):
+        config = default.get_config()
+        config.update({"smoke": True, "student": "resnet8", "teacher": "resnet8", "dataset": "digits", name: 0})
+        with pytest.raises(ValueError, match=f"config.{name}=0 is "):
+            experiment.build(config)
+
+
 def test_smoke_run_trains_and_evaluates(tmp_path):
     config = load(ROOT / "configs" / "cifar100_res56_res20.py").get_config()
     config.update(dict.fromkeys(("student", "teacher"), "small_network:create"), smoke=True)

@@ -224,6 +224,45 @@ def test_a_set_prepared_anew_is_decoded_anew(tiny):
     assert json.loads(meta.read_text())["fingerprint"] != before
 
 
+def test_caches_alone_are_told_apart_by_size_and_version(tmp_path, offline):
+    for folder, side in (("9.0.0", 16), ("10.0.0", 24), ("11.0.0-8", 8)):
+        images = np.zeros((20, side, side, 3), np.uint8)
+        split = base.Split(images, np.arange(20, dtype=np.int32) % 2)
+        splits = base.Splits(split, split, 2, *base.moments(images + 1))
+        _prepared._write(tmp_path / "own" / f"{folder}.uint8", "own", folder, "", splits)
+
+    def side(name="tfds:own", folder=tmp_path, **size):
+        return data.load(name, str(folder), **size).train.images.shape[1]
+
+    assert side() == 24
+    assert side("tfds:own:9.0.0") == 16
+    assert side(image_size=8) == 8
+    assert side(folder=tmp_path / "own" / "9.0.0.uint8") == 16
+    assert side(folder=tmp_path / "own" / "9.0.0.uint8", image_size=16) == 16
+    for folder, size in ((tmp_path, 16), (tmp_path / "own" / "9.0.0.uint8", 24)):
+        with pytest.raises((ValueError, FileNotFoundError)):  # TFDS knows no such set
+            side(folder=folder, image_size=size)
+    shutil.rmtree(tmp_path / "own" / "9.0.0.uint8")
+    shutil.rmtree(tmp_path / "own" / "10.0.0.uint8")
+    with pytest.raises((ValueError, FileNotFoundError)):
+        side()
+
+
+def test_cache_is_written_where_it_is_asked_for_though_none_can_be_beside_the_set(tiny, tmp_path, monkeypatch):
+    write = _prepared._write
+
+    def refuse(cache, *arguments):
+        if tmp_path / "target" not in cache.parents:
+            raise PermissionError("read-only")
+        write(cache, *arguments)
+
+    monkeypatch.setattr(_prepared, "_write", refuse)
+    copy = _prepared.copy_cache("tiny_imagenet", str(tiny), tmp_path / "target")
+    assert copy == tmp_path / "target" / "tiny_imagenet" / "1.0.0.uint8"
+    shutil.rmtree(tiny)
+    check_tiny(data.load("tiny_imagenet", str(tmp_path / "target")))
+
+
 def test_prepare_command(tmp_path):
     write_archive(tmp_path / "mine.zip", per_class=1)
     command = [sys.executable, "-m", "rkd_jax.data", "tiny_imagenet", "--data_dir", str(tmp_path / "tfds")]
@@ -316,6 +355,8 @@ def test_random_has_the_form_of_the_set():
     assert splits.num_classes == 100
     assert (data.random("cifar100", 200, 100).test.images == splits.test.images).all()
     assert data.random("digits", 20, 10).train.images.shape == (20, 8, 8, 1)
+    with pytest.raises(ValueError, match=r"config.image_size=16 is read by tfds: and folder: alone, not by 'cifar100'"):
+        data.random("cifar100", 20, 10, image_size=16)
 
 
 def test_real_cifar100():

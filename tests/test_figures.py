@@ -224,7 +224,11 @@ def test_class_names_come_from_the_data(tmp_path):
     assert figures.class_names("tfds:cifar3", str(tmp_path), 3) == ["cup", "maple tree", "sea"]
     for name in ("cat", "dog"):
         (tmp_path / "photos" / "train" / name).mkdir(parents=True)
+    (tmp_path / "photos" / "test").mkdir()
     assert figures.class_names(f"folder:{tmp_path / 'photos'}", "", 2) == ["cat", "dog"]
+    for name in ("train", "bus"):  # a class of that name, as `data.load` has it
+        (tmp_path / "vehicles" / name).mkdir(parents=True)
+    assert figures.class_names(f"folder:{tmp_path / 'vehicles'}", "", 2) == ["bus", "train"]
 
 
 def test_names_and_folders_may_have_an_equals_sign(tmp_path):

@@ -15,7 +15,7 @@ from rkd_jax import losses
 RNG = np.random.default_rng(0)
 BATCH, CLASSES = 5, 7
 S, T = 3 * RNG.normal(size=(2, BATCH, CLASSES))
-Y = RNG.integers(CLASSES, size=BATCH)
+Y = np.array([0, CLASSES - 1, 3, 3, 1])
 KEPT = RNG.random((BATCH, CLASSES)) < 0.6
 KEPT[0] = False
 
@@ -148,6 +148,13 @@ def test_per_example_under_any_leading_axes():
         assert jax.eval_shape(compiled(name), S, T)[0].shape == (BATCH,), name
     stacked = losses.kl(jnp.float32([S, T]), jnp.float32([T, S]), 4.0)
     np.testing.assert_allclose(stacked, [losses.kl(S, T, 4.0), losses.kl(T, S, 4.0)], rtol=1e-6)
+    stacked = losses.cross_entropy(jnp.float32([S, T]), jnp.array([Y, Y]))
+    np.testing.assert_allclose(stacked, [losses.cross_entropy(S, Y), losses.cross_entropy(T, Y)], rtol=1e-6)
+
+
+def test_temperature_is_1_unless_it_is_given():
+    for loss in (losses.kl, losses.soft_cross_entropy):
+        np.testing.assert_array_equal(loss(S, T), loss(S, T, 1.0))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import FAST_FLAGS, ROOT
 
-from rkd_jax import processes, runs
+from rkd_jax import evaluate, processes, runs, train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -87,6 +87,16 @@ def test_chain_in_two_processes_is_taught_by_what_the_first_wrote(slow, tmp_path
     summary = json.loads((tmp_path / "summary.json").read_text())
     assistant = json.loads((tmp_path / "assistants/small_network:two_stages/last/metadata.json").read_text())
     assert summary["config"]["teacher_fingerprint"] == assistant["fingerprint"]
+
+
+def test_the_first_process_alone_tells_of_an_evaluation(tiny, tmp_path, monkeypatch, capsys):
+    config = tiny(num_steps=2)
+    train.train_and_evaluate(config, tmp_path)
+    capsys.readouterr()
+    monkeypatch.setattr(evaluate.processes, "leads", lambda: False)
+    assert len(evaluate.run(config, tmp_path)) == 2
+    assert not capsys.readouterr().out
+    assert not (tmp_path / "evaluation.json").exists()
 
 
 def test_batch_that_does_not_divide_among_the_devices(slow, tmp_path):

@@ -176,7 +176,8 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     states = checkpoint.Checkpoints(tmp_path / "checkpoints")
-    state, progress = states.restore(tree)
+    assert states.restore(tree, 2) is None
+    state, progress = states.restore(tree, 1)
     assert progress == {"note": 1}
     assert state["b"][0] == 1
     assert str(tmp_path / "checkpoints" / "2") in caplog.text
@@ -199,7 +200,8 @@ def test_checkpoint_cut_short_or_with_a_lost_file(tmp_path, damage, caplog):
     else:
         largest.unlink()
     states = checkpoint.Checkpoints(tmp_path / "checkpoints")
-    assert states.restore(tree)[1] == {"note": 1}
+    assert states.restore(tree, 2) is None
+    assert states.restore(tree, 1)[1] == {"note": 1}
     states.close()
 
 
@@ -214,7 +216,7 @@ def test_loss_that_is_not_finite_stops_and_names_the_step(tiny, tmp_path):
     bad = int(str(stop.value).split("step ")[1].split()[0])
     kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
     assert kept[-1] == bad  # the state after `bad` steps, before the bad one
-    restored, _ = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").restore(abstract_state(config))
+    restored, _ = checkpoint.Checkpoints(tmp_path / "run" / "checkpoints").restore(abstract_state(config), bad)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
 
 
@@ -263,7 +265,7 @@ def test_what_a_short_run_leaves_out_of_its_schedule_is_said(tiny, tmp_path, cap
     assert said in capsys.readouterr().out
     train.train_and_evaluate(tiny(num_steps=9, decay_epochs=(1, 2), lr_warmup_epochs=1.0), tmp_path / "long")
     assert "the rate" not in capsys.readouterr().out
-    for epochs in (("a", "b"), (-5,)):
+    for epochs in (("a", "b"), (-5,), (float("inf"),)):
         with pytest.raises(ValueError, match=r"config\.decay_epochs=.* are no epochs"):
             train.train_and_evaluate(tiny(decay_epochs=epochs), tmp_path / "bad")
 
@@ -317,7 +319,10 @@ def test_finished_run_is_not_run_again(tiny, finished, capsys):
         ({"crop_padding": -1}, "config.crop_padding=-1 is too low"),
         ({"crop_padding": 9}, "config.crop_padding=9 is too high; take 8 or less"),
         ({"rotation": -3.0}, "config.rotation=-3.0 is too low"),
-        ({"eval_epochs": 0.0}, "config.eval_epochs=0.0 is not positive"),
+        ({"learning_rate": float("inf")}, "config.learning_rate=inf is too high; take less"),
+        ({"eval_epochs": 0.0}, "config.eval_epochs=0.0 is no number of epochs"),
+        ({"eval_epochs": float("nan")}, "config.eval_epochs=nan is no number of epochs"),
+        ({"eval_epochs": float("inf")}, "config.eval_epochs=inf is no.*config.num_epochs to test at the end alone"),
     ],
 )
 def test_bad_field_is_named_before_anything_is_written(tiny, tmp_path, fields, message):
@@ -401,7 +406,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"states cannot be written: the disk is full; make room, and start again"):
         states.save(2, {"x": np.ones(3)}, {})
     states.close()
-    found, _ = checkpoint.Checkpoints(tmp_path / "states").restore({"x": np.zeros(3)})
+    found, _ = checkpoint.Checkpoints(tmp_path / "states").restore({"x": np.zeros(3)}, 1)
     assert found["x"].tolist() == [0, 0, 0]  # the last good one
 
 

@@ -49,8 +49,7 @@ def load(
         else:
             splits = _folder.load(argument, image_size)
     elif name in names():
-        if image_size is not None:
-            raise ValueError(f"config.image_size={image_size} is read by tfds: and folder: alone, not by {name!r}")
+        _check_size(name, image_size)
         splits = importlib.import_module(f"{__name__}.{name}").load(data_dir)
     else:
         near = difflib.get_close_matches(name, names(), n=1)
@@ -63,6 +62,11 @@ def load(
         train=subset(splits.train, num_train, f"config.num_train={num_train}", f"training images of {name}"),
         test=subset(splits.test, num_test, f"config.num_test={num_test}", f"test images of {name}"),
     )
+
+
+def _check_size(name: str, image_size: int | None) -> None:
+    if image_size is not None:
+        raise ValueError(f"config.image_size={image_size} is read by tfds: and folder: alone, not by {name!r}")
 
 
 def subset(split: Split, count: int | None, field: str = "count", what: str = "images") -> Split:
@@ -102,6 +106,7 @@ def random(name: str, num_train: int, num_test: int, image_size: int | None = No
             for split, count in ((whole.train, num_train), (whole.test, num_test))
         )
         return whole._replace(train=train, test=test)
+    _check_size(name, image_size)
     shape, num_classes = known
     generator = np.random.default_rng(0)
 

@@ -1,8 +1,9 @@
 """Any image classification set of TFDS: prepared once, read without TensorFlow, kept decoded as uint8 arrays.
 
 A prepared set lies in DATA_DIR/NAME/VERSION/ (with a config: NAME/CONFIG/VERSION/). Its decoded cache lies beside it in
-VERSION.uint8/, or in $XDG_CACHE_HOME/rkd_jax/ (default ~/.cache/rkd_jax/) where that folder cannot be written. A cache
-is five files, memory-mapped at every later start; a folder that holds nothing else is enough to train from.
+VERSION.uint8/ (VERSION-SIZE.uint8/ where an image size is asked for), or in $XDG_CACHE_HOME/rkd_jax/ (default
+~/.cache/rkd_jax/) where that folder cannot be written. A cache is five files, memory-mapped at every later start; a
+folder that holds nothing else is enough to train from.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -26,6 +28,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
+from rkd_jax import _files
 from rkd_jax.data.base import Split, Splits, moments
 
 SIZE = 64  # pixels: the side to which images of unequal size are resized
@@ -43,21 +46,22 @@ def load(name: str, data_dir: str = "", image_size: int | None = None) -> Splits
     """
     name, _, version = name.partition(":")
     root = folder(data_dir)
-    suffix = f"-{image_size}.uint8" if image_size else ".uint8"
     source = _newest(root / name, version)
-    for cache in _caches(root, name, source, version, suffix):
-        splits = _read(cache, name, source)
+    caches = _caches(root, name, source, version, image_size)
+    for cache in caches:
+        splits = _read(cache, name, source, image_size)
         if splits is not None:
             return splits
     if source is None:
         source = prepare(name, root, version)
+        caches = _caches(root, name, source, version, image_size)
     arrays = _decode(name, source, image_size)
-    for cache in _caches(root, name, source, version, suffix):
+    for cache in caches:
         try:
             _write(cache, name, source.name, _fingerprint(source), arrays)
         except OSError as error:
             logging.info("No cache of %s written to %s: %s", name, cache, error)
-        splits = _read(cache, name, source)  # ours, or that of a process that was faster
+        splits = _read(cache, name, source, image_size)  # ours, or that of a process that was faster
         if splits is not None:
             return splits
     logging.warning("Neither %s nor the user's cache folder can be written: %s is decoded at every start", root, name)
@@ -74,19 +78,24 @@ def folder(data_dir: str) -> Path:
 
 def _newest(parent: Path, version: str) -> Path | None:
     """The newest (or the named) version of a prepared set in `parent`."""
-    found = [path.parent for path in parent.glob(f"{version or '*'}/dataset_info.json")]
-    return max(found, key=lambda path: [int(part) for part in path.name.split(".") if part.isdigit()], default=None)
+    return max((path.parent for path in parent.glob(f"{version or '*'}/dataset_info.json")), key=_version, default=None)
 
 
-def _caches(root: Path, name: str, source: Path | None, version: str, suffix: str) -> list[Path]:
+def _version(path: Path) -> list[int]:
+    """What versions are sorted by: 10.0.0 is newer than 9.0.0."""
+    return [int(number) for number in re.findall(r"\d+", path.name.partition("-")[0])]
+
+
+def _caches(root: Path, name: str, source: Path | None, version: str, image_size: int | None) -> list[Path]:
     """The folders where the decoded cache may lie, the preferred first."""
+    suffix = f"-{image_size}.uint8" if image_size else ".uint8"
     if source is None:  # only a cache, or nothing: DATA_DIR/NAME/VERSION.uint8, or DATA_DIR is the cache itself
-        return [*sorted((root / name).glob(f"{version or '*'}{suffix}"), reverse=True), root]
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rkd_jax"
+        found = [each for each in (root / name).glob(f"{version or '*'}{suffix}") if image_size or "-" not in each.name]
+        return [*sorted(found, key=_version, reverse=True), root]
     key = hashlib.sha256(str(source.resolve()).encode()).hexdigest()[:16]  # two sets of one name never meet
     return [
         source.with_name(source.name + suffix),
-        user / f"{name.replace('/', '-')}-{source.name}-{key}{suffix}",
+        _files.cache() / f"{name.replace('/', '-')}-{source.name}-{key}{suffix}",
     ]
 
 
@@ -98,8 +107,8 @@ def _fingerprint(source: Path) -> str:
     return hashlib.sha256((source / "dataset_info.json").read_bytes()).hexdigest()
 
 
-def _read(cache: Path, name: str, source: Path | None) -> Splits | None:
-    """The decoded set, memory-mapped; None if it is not there, is of another preparation, or is damaged."""
+def _read(cache: Path, name: str, source: Path | None, image_size: int | None) -> Splits | None:
+    """The decoded set, memory-mapped; None if it is not there, of another preparation or size, or damaged."""
     try:
         meta = json.loads((cache / "meta.json").read_text())
         if meta["format"] != _FORMAT or meta["name"] != name:
@@ -110,6 +119,8 @@ def _read(cache: Path, name: str, source: Path | None) -> Splits | None:
             Split(np.load(cache / f"{split}_images.npy", mmap_mode="r"), np.load(cache / f"{split}_labels.npy"))
             for split in ("train", "test")
         ]
+        if image_size and splits[0].images.shape[1:3] != (image_size, image_size):
+            return None
         return Splits(*splits, meta["num_classes"], tuple(meta["mean"]), tuple(meta["std"]))
     except FileNotFoundError:
         return None
@@ -329,14 +340,18 @@ def copy_cache(name: str, data_dir: str, target: Path) -> Path:
 
     `target` is then a config.data_dir of its own. FileExistsError where there is something already.
     """
-    load(name, data_dir)
+    splits = load(name, data_dir)
     root, (name, _, version) = folder(data_dir), name.partition(":")
     source = _newest(root / name, version)
-    (found, *_) = (cache for cache in _caches(root, name, source, version, ".uint8") if _read(cache, name, source))
-    copy = target / name / f"{json.loads((found / 'meta.json').read_text())['version']}.uint8"
+    if source is None:
+        caches = _caches(root, name, source, version, None)
+        (meta, *_) = (json.loads((each / "meta.json").read_text()) for each in caches if _read(each, name, None, None))
+    else:
+        meta = {"version": source.name, "fingerprint": _fingerprint(source)}
+    copy = target / name / f"{meta['version']}.uint8"
     if copy.exists():
         raise FileExistsError(f"--cache={str(target)!r} holds {copy.relative_to(target)} already; remove it first")
-    shutil.copytree(found, copy)
+    _write(copy, name, meta["version"], meta["fingerprint"], splits)
     return copy
 
 

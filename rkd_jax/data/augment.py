@@ -11,7 +11,7 @@ Contrast: its mean, Color: grey, Sharpness: smoothed), and maps of a pixel's lev
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +65,18 @@ def view(name: str, rng: jax.Array, images: jax.Array, **options) -> jax.Array:
 
 def weak(rng: jax.Array, images: jax.Array, *, padding: int = 4, flip: bool = True, rotation: float = 0.0) -> jax.Array:
     """Rotate by up to `rotation` degrees, crop after padding with `padding` zeros, flip; uint8 [B, H, W, C]."""
-    _, height, width, _ = images.shape
-    source = _weak_source(rng, images.shape, padding, flip, rotation)
-    return _gather(images, source(_grid(height, width)))
+    batch, height, width, _ = images.shape
+    unit = jax.random.uniform(rng, (4, batch, 1, 1))
+    rows, columns, inside = _grid(height, width)
+    row_offset, column_offset = _integer(unit[:2], 2 * padding + 1) - padding
+    rows = rows + row_offset
+    columns = jnp.where((unit[2] < 0.5) & flip, width - 1 - columns, columns) + column_offset
+    if rotation:
+        inside &= _inside(rows, columns, height, width)
+        degrees = rotation * (2 * (np.arange(LEVELS) + 0.5) / LEVELS - 1)
+        affine = jnp.asarray(_rotations(degrees, height, width))[_integer(unit[3, :, 0, 0], LEVELS)]
+        rows, columns, inside = _through(affine, (rows, columns, inside))
+    return _gather(images, (rows, columns, inside))
 
 
 def strong(
@@ -94,10 +103,10 @@ def _integer(unit: jax.Array, count: int) -> jax.Array:
     return (unit * count).astype(jnp.int32)
 
 
-def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype=jnp.float32) -> jax.Array:
-    """(images / 255 - mean) / std, computed in float32; uint8 [..., C] -> `dtype` [..., C]."""
+def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """(images / 255 - mean) / std; uint8 [..., C] -> float32 [..., C]."""
     mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
-    return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+    return (images.astype(jnp.float32) / 255 - mean) / std
 
 
 # The fourteen operations, and Cutout.
@@ -186,27 +195,6 @@ def _through(affine: jax.Array, pixels: tuple[jax.Array, ...]) -> tuple[jax.Arra
     return (d * columns + e * rows + f) >> 16, (a * columns + b * rows + c) >> 16, inside
 
 
-def _weak_source(rng: jax.Array, shape: tuple[int, ...], padding: int, flip: bool, rotation: float) -> Callable:
-    """The weak view of a batch as a map of pixels."""
-    batch, height, width, _ = shape
-    unit = jax.random.uniform(rng, (4, batch, 1, 1))
-    row_offset, column_offset = _integer(unit[:2], 2 * padding + 1) - padding
-    flipped = (unit[2] < 0.5) & flip
-    level = _integer(unit[3, :, 0, 0], LEVELS)
-
-    def source(pixels: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        rows, columns, inside = pixels
-        rows = rows + row_offset
-        columns = jnp.where(flipped, width - 1 - columns, columns) + column_offset
-        if not rotation:
-            return rows, columns, inside
-        inside &= _inside(rows, columns, height, width)
-        degrees = rotation * (2 * (np.arange(LEVELS) + 0.5) / LEVELS - 1)
-        return _through(jnp.asarray(_rotations(degrees, height, width))[level], (rows, columns, inside))
-
-    return source
-
-
 def _inside(rows: jax.Array, columns: jax.Array, height: int, width: int) -> jax.Array:
     return (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
 
@@ -257,7 +245,7 @@ def _fixed(a, b, c, d, e, f) -> np.ndarray:
     return np.floor(np.stack(np.broadcast_arrays(a, b, c, d, e, f), axis=-1) * 65536 + 0.5).astype(np.int32)
 
 
-# Grey levels, kept as float32 that holds integers: it divides faster than integers do.
+# Grey levels. Division is of float32 that holds integers, which is faster than that of integers.
 
 
 def to_grey(planes: jax.Array) -> jax.Array:

@@ -53,7 +53,7 @@ def describe(name: str, num_classes: int = 100, image_size: int = 32) -> Row:
         inference = jax.jit(lambda v, x: model.apply(v, x, train=False).logits).lower(variables, images)
     return Row(
         models.resolve(name, image_size),
-        sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        models.count_parameters(variables["params"]),
         sum(macs) / 1e6 if macs else None,
         inference.cost_analysis()["flops"] / 2e6,
         None if outputs.embedding is None else outputs.embedding.shape[-1],

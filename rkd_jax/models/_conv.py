@@ -25,6 +25,8 @@ from absl import logging
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from rkd_jax import _files
+
 SOURCE = Path(__file__).with_suffix(".cc")
 LANES = 16  # channels come in multiples of the kernels' vectors
 NARROWEST = 8  # columns of the output, below which XLA is as fast
@@ -252,7 +254,7 @@ def _compiled() -> Path:
     compiler = os.environ.get("CXX", "c++")
     native = subprocess.run([compiler, "-march=native", "-Q", "--help=target"], capture_output=True, check=True).stdout
     facts = SOURCE.read_bytes(), native, " ".join(FLAGS).encode(), jax.lib.__version__.encode()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rkd_jax"
+    folder = _files.cache()
     library = folder / f"conv_{hashlib.sha256(b''.join(facts)).hexdigest()[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)

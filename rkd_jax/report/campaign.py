@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from rkd_jax import _devices, _flags, _memory, checkpoint, data, evaluate, experiment
+from rkd_jax import _devices, _files, _flags, _memory, checkpoint, data, evaluate, experiment
 from rkd_jax.data import _prepared
 from rkd_jax.report import cells, pack, paper, run
 
@@ -252,7 +252,7 @@ class Campaign:
 
     def _write(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        self._record_path.write_text(json.dumps(self.record, indent=1) + "\n")
+        _files.write_json(self._record_path, self.record)
 
     def _keep(self, item: Item, planned: Sequence[run.Run]) -> dict[str, Any]:
         """Of an item's runs, keeps the finished ones' best networks, as float16, and the curves; removes the rest."""
@@ -273,9 +273,7 @@ class Campaign:
                 self.record["given"] = [name for name in self.record.get("given", ()) if name != network.name]
             halve(each.folder / "best", network)
             if cell.name == "teacher":  # measured as it is kept
-                config = each.config.copy_and_resolve_references()
-                config.dtype = "float32"
-                result = evaluate.evaluate(config, network)
+                result = evaluate.evaluate(each.config, network)
                 trained = {"top1": summary["best"]["top1"], **{k: summary[k] for k in ("commit", "device", "date")}}
                 facts = {"top1": result["top1"], "top5": result["top5"], "trained": trained}
                 halve(network, network, **facts)
@@ -343,7 +341,7 @@ class Campaign:
         seconds, where = 0.0, ""
         for group in run.groups(run.missing(self.plan(item), self.results, self._cells_scale), len(item.members)):
             config, folder = group[0].config, group[0].folder
-            lines = [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
+            lines = _files.read_lines(folder / "metrics.jsonl")
             speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
             if not speeds:
                 return "time unknown"
@@ -359,7 +357,6 @@ def halve(source: Path, target: Path, **facts: Any) -> None:
     if source == target and not facts and checkpoint.read_metadata(source).get("kernels") == "float16":
         return
     variables, metadata = checkpoint.load_network(source, field=str(source))
-    del metadata["fingerprint"]
     variables = jax.tree.map(lambda x: x.astype(np.float16) if x.ndim > 1 else x, variables)
     checkpoint.save_network(target, variables, metadata | {"kernels": "float16"} | facts)
 

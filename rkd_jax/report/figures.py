@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from scipy import stats
 
-from rkd_jax import _flags, checkpoint, data, evaluate, train
-from rkd_jax.data import _prepared
+from rkd_jax import _files, _flags, checkpoint, data, evaluate, train
+from rkd_jax.data import _folder, _prepared
 from rkd_jax.report import paper
 
 # Okabe and Ito's colours, which readers who are colour-blind tell apart, without the yellow that vanishes on white.
@@ -110,9 +110,7 @@ def predict(texts: Sequence[str], images: np.ndarray, num_classes: int, flag: st
 def class_names(dataset: str, data_dir: str, num_classes: int) -> list[str]:
     """The names of a data set's classes, where TFDS or the folders say them; else their numbers."""
     if dataset.startswith("folder:"):
-        root = Path(dataset.partition(":")[2]).expanduser()
-        root = root / "train" if (root / "train").is_dir() else root
-        return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return _folder.class_names(dataset.partition(":")[2])
     name = dataset.removeprefix("tfds:").partition(":")[0]
     for path in sorted((_prepared.folder(data_dir) / name).glob("*/label.labels.txt")):
         if len(names := path.read_text().split("\n")[:num_classes]) == num_classes:
@@ -289,8 +287,7 @@ def load_metrics(path: str, kind: str) -> list[dict[str, Any]]:
     file = Path(path) / "metrics.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"--runs: there is no {file}; name the folder of a run that has trained")
-    lines = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    if not (found := [line for line in lines if line["kind"] == kind]):
+    if not (found := [line for line in _files.read_lines(file) if line["kind"] == kind]):
         raise ValueError(f"--runs: {file} has no line of kind {kind!r} yet; wait for the run, or leave it out")
     return found
 

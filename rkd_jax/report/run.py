@@ -4,7 +4,6 @@ Interrupted, the same command goes on where it was. `python -m rkd_jax.report.ta
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from rkd_jax import _flags, evaluate, experiment, runs, train
+from rkd_jax import _files, _flags, evaluate, experiment, runs, train
 from rkd_jax.report import cells, paper
 
 
@@ -155,9 +154,7 @@ def write(cell: cells.Cell, run: Run, summary: dict[str, Any], results: Path, sc
     path.parent.mkdir(parents=True, exist_ok=True)
     place = {"scale": scale, "pair": cell.pair, "cell": cell.name, "seed": cell.seed, "tables": cell.tables()}
     record = place | {"run": run.name} | summary
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(record, indent=1) + "\n")
-    fresh.replace(path)
+    _files.write_json(path, record)
 
 
 def describe(planned: Sequence[Run], todo: Sequence[Run], scale: str) -> str:

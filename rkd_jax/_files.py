@@ -1,0 +1,33 @@
+"""JSON files of runs and results, which are whole or not there; and where the user's cache is. Imports no JAX."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a run; ValueError, with the mend, where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file under another name and moves it into place, so that no reader, nor a kill, sees half of it."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.write_text(json.dumps(value, indent=1) + "\n")
+    fresh.replace(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a JSON lines file, [] where there is none; a last one that was cut short is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def cache() -> Path:
+    """The folder of this package under the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rkd_jax"
