@@ -75,11 +75,6 @@ def num_blocks(values, regularization_strength=1.0):
     return jnp.round(jnp.sum(1.0 / size + 0.0 * rank, axis=-1))
 
 
-def one_block_fraction(values, regularization_strength=1.0):
-    """Fraction of rows that are one block, whose soft ranks are but centred, scaled values; [..., n] -> float []."""
-    return jnp.mean(num_blocks(values, regularization_strength) == 1, dtype=jnp.float32)
-
-
 def _checked(values, direction, eps):
     """Values in at least float32, and eps in their dtype with as many axes (all of length 1)."""
     values = jnp.asarray(values)
