@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.data_seed = placeholder(int)  # of the order and augmentation of the images; None: seed
     config.sweep = ""  # "lam=0.1,1,5" or "eps=1,0.1 seed=0,1": all these students in one program, with one teacher
-    config.dtype = "float32"  # of the networks' arithmetic: "float32" or "bfloat16"; parameters and losses stay float32
+    config.dtype = "float32"  # of the networks' arithmetic in training, or "bfloat16"; tests and losses stay float32
     config.stream = placeholder(bool)  # read each batch from the host; None: where the set fills half of a device
     config.steps_per_call = placeholder(int)  # steps that the device does without the host; None: 10, on CPU 1
     config.log_every = 50  # steps; training metrics are means over so many

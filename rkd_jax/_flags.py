@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from absl import app, flags
+from absl import flags
 
 
 def positive(text: str) -> int:
@@ -34,11 +34,16 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
     if not names_config(argv):
         argv = sys.argv = [argv[0], f"--config={default}", *argv[1:]]  # config_flags reads sys.argv
     try:
-        arguments = app.parse_flags_with_usage(argv)
+        arguments = flags.FLAGS(argv)
         if config.value is None:
             sys.exit("Error: --config: get_config() of that file returns nothing; end it with `return config`")
         config.value.to_dict()  # raises where the file cannot be read and no flag set a field of it
         return arguments
+    except flags.Error as error:
+        cause = error
+        while cause and not (place := own_code(cause)):  # what the config's file raised, if it was that
+            cause = cause.__context__
+        sys.exit("Error: " + (f"--config: {cause}\n(in {place})" if cause else str(error).removeprefix("flag ")))
     except SyntaxError as error:
         sys.exit(f"Error: --config: {error.filename}, line {error.lineno}: {error.msg}")
     except (AttributeError, KeyError) as error:  # ml_collections' words come quoted, once for each of its layers
@@ -49,10 +54,13 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
         words += f" Did you mean {near[0]!r}?" if near else ""
         where = "all are in configs/default.py; one of a method of your own goes into your config file"
         sys.exit(f"Error: no such field of the config: {words} ({where})")
-    except (ValueError, OSError, ImportError) as error:
+    except Exception as error:  # a config is Python
+        place = own_code(error)
+        if not (place or isinstance(error, ValueError | OSError | ImportError)):
+            raise
         if "[Errno 2]" in str(error):  # of its several lines, the one that names the file
             error = f"{str(error).splitlines()[-1].strip()}; name a file of {os.path.dirname(default)}"
-        sys.exit(f"Error: --config: {error}")
+        sys.exit(f"Error: --config: {error}" + (f"\n(in {place})" if place else ""))
 
 
 def own_code(error: BaseException) -> str:

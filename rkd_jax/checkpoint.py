@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,7 @@ def save_network(path: str | os.PathLike, variables: Any, metadata: Mapping[str,
         shutil.rmtree(folder, ignore_errors=True)
     fresh.mkdir(parents=True)
     variables = jax.tree.map(np.asarray, variables)
-    # A frozen teacher belongs to one process; in a run of several, the first alone writes, so none waits for another.
-    options = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={jax.process_index()})
-    options.barrier_sync_key_prefix = f"network_{jax.process_index()}"
-    saver = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=options)
+    saver = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone("network"))
     with saver, _writing(path):
         saver.save(fresh / "variables", args=ocp.args.PyTreeSave(variables))
     text = json.dumps(dict(metadata) | {"fingerprint": fingerprint(variables)}, indent=2)
@@ -68,6 +65,14 @@ def save_network(path: str | os.PathLike, variables: Any, metadata: Mapping[str,
     shutil.rmtree(stale, ignore_errors=True)
 
 
+def _alone(what: str) -> ocp.options.MultiprocessingOptions:
+    """Of several processes, none waits for another to read or write: see `rkd_jax.processes`."""
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index, active_processes={index}, barrier_sync_key_prefix=f"{what}_{index}"
+    )
+
+
 def read_metadata(path: str | os.PathLike, field: str = "config.teacher_checkpoint") -> dict[str, Any]:
     """The metadata of a network folder; FileNotFoundError, naming the config's `field`, where there is none."""
     given, path = str(path), Path(path)
@@ -75,6 +80,11 @@ def read_metadata(path: str | os.PathLike, field: str = "config.teacher_checkpoi
         if given and (path / "best" / "metadata.json").is_file():
             best = str(path / "best")
             raise FileNotFoundError(f"{field}={given!r} is a run's folder; name the network in it, {best!r}")
+        if given and (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{field}={given!r} is the folder of a run that has no network yet: it has not come to its first "
+                "evaluation, or diverged before"
+            )
         beside = "; config.compare=True trains one, too" if field == "config.teacher_checkpoint" else ""
         what = " is not set" if not given else f"={given!r} holds no network (no metadata.json)"
         raise FileNotFoundError(
@@ -97,13 +107,14 @@ def load_network(
     path: str | os.PathLike,
     name: str | None = None,
     num_classes: int | None = None,
+    class_names: Sequence[str] = (),
     field: str = "config.teacher_checkpoint",
 ) -> tuple[Any, dict[str, Any]]:
     """Reads a network folder: (variables, metadata), as NumPy arrays; floating point as float32.
 
     Args:
       path: the folder.
-      name, num_classes: what the caller expects; ValueError where the folder holds another.
+      name, num_classes, class_names: what the caller expects; ValueError where the folder says otherwise.
       field: the config field that named the folder, for the errors.
     """
     metadata = read_metadata(path, field)
@@ -116,6 +127,14 @@ def load_network(
             + (f" ({metadata['dataset']})" if metadata.get("dataset") else "")
             + f", config.dataset has {num_classes}; name its data set, or a network of this one"
         )
+    theirs = metadata.get("class_names") or class_names
+    for label, (there, here) in enumerate(zip(theirs, class_names or theirs, strict=True)):
+        if there != here:
+            raise ValueError(
+                f"{field}={str(path)!r} was trained on other classes than config.dataset has: {label} is {there!r} "
+                f"there and {here!r} here; name its data set, or a network of this one, or, where they mean the same, "
+                "remove class_names from its metadata.json"
+            )
     _devices.start()
     try:
         variables = _restore_numpy(path / "variables")
@@ -159,7 +178,8 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _restore_numpy(path: Path) -> Any:
     _hush()
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone("network"))
+    with reader as checkpointer:
         if not path.is_dir():
             raise FileNotFoundError("it has no variables/")
         tree = checkpointer.metadata(path).item_metadata.tree
@@ -189,12 +209,7 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        # One process writes, the others do not wait for it: see `rkd_jax.processes`.
-        alone = ocp.options.MultiprocessingOptions(
-            primary_host=jax.process_index(),
-            active_processes={jax.process_index()},
-            barrier_sync_key_prefix=f"checkpoints_{jax.process_index()}",
-        )
+        alone = _alone("checkpoints")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=2, enable_async_checkpointing=True, create=False, multiprocessing_options=alone
         )

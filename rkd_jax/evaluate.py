@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from rkd_jax import _files, checkpoint, data, experiment, models, processes, steps, train
+from rkd_jax import _devices, _files, checkpoint, data, experiment, models, processes, steps, train
 from rkd_jax.data import augment
 
 
@@ -27,10 +27,14 @@ class Restored(NamedTuple):
 
 
 def restore(
-    path: str | os.PathLike, image_shape: Sequence[int], num_classes: int | None = None, field: str = "--workdir"
+    path: str | os.PathLike, image_shape: Sequence[int], splits: data.Splits | None = None, field: str = "--workdir"
 ) -> Restored:
-    """The network of a folder, for images [H, W, K]; ValueError or FileNotFoundError that names the flag `field`."""
-    variables, metadata = checkpoint.load_network(path, num_classes=num_classes, field=field)
+    """The network of a folder, for images [H, W, K], of the classes of `splits`.
+
+    ValueError or FileNotFoundError, that names the flag `field`, where there is no such network.
+    """
+    classes = {"num_classes": splits.num_classes, "class_names": splits.class_names} if splits else {}
+    variables, metadata = checkpoint.load_network(path, field=field, **classes)
     network = models.create(
         metadata["network"], metadata["num_classes"], image_size=image_shape[0], field=f"network of {path}"
     )
@@ -50,13 +54,18 @@ def evaluate(config: ConfigDict, path: str | os.PathLike, field: str = "--workdi
     """Accuracy of one network folder on the config's test set; `field` named the folder, for the errors.
 
     The network is the one that the folder names, with its own normalisation; of the config, only the fields about the
-    data and `eval_batch_size` are read. Returns {"network", "parameters", "step" (None: not trained here), "top1",
-    "top5" (both in percent), "loss", "images"}.
+    data and `eval_batch_size` are read. Where the config leaves the size of the images open, it is the network's.
+    Returns {"network", "parameters", "step" (None: not trained here), "top1", "top5" (both in percent), "loss",
+    "images"}.
     """
-    fields = experiment.Fields(experiment.shrink(config))
+    values = experiment.shrink(config)
+    fields = experiment.Fields(values)
     splits = experiment.load_splits(fields)
-    network, variables, normalization, metadata = restore(path, splits.test.images.shape[1:], splits.num_classes, field)
-    eval_step = steps.make_eval_step(network, normalization)
+    side = checkpoint.read_metadata(path, field).get("image_size")
+    if fields.image_size is None and ":" in fields.dataset and side not in (None, splits.test.images.shape[1]):
+        splits = experiment.load_splits(experiment.Fields({**values, "image_size": side}))
+    network, variables, normalization, metadata = restore(path, splits.test.images.shape[1:], splits, field)
+    eval_step = steps.make_eval_step(network, normalization, steps.local_mesh())
     result = steps.evaluate(eval_step, variables, *splits.test, fields.at_least("eval_batch_size", 1))
     return {
         "network": metadata["network"],
@@ -77,10 +86,11 @@ def recorded(path: Path, config: ConfigDict, changes: Mapping[str, Any]) -> Conf
         return config
     if path.name in ("best", "last") and (file := path.parent / "config.json").is_file():
         return ConfigDict({**_files.read_json(file), **changes})
-    dataset = checkpoint.read_metadata(path, "--workdir").get("dataset", "")
+    metadata = checkpoint.read_metadata(path, "--workdir")
+    dataset = metadata.get("dataset", "")
     if not dataset:
         return config
-    if ":" in dataset:
+    if ":" in dataset and "image_size" not in metadata:
         raise ValueError(
             f"--workdir={path} was trained on {dataset}, and is apart from its run; name --config.dataset and "
             "--config.image_size"
@@ -95,8 +105,13 @@ def run(
 
     Prints a line for each, and writes them all, with command, commit, versions and device, to WORKDIR/evaluation.json.
     changes: where the user named no config, the fields that are set; each network is then tested as `recorded` says.
+    Of several processes, the first does it.
     """
-    workdir = Path(workdir)
+    _devices.start()
+    return processes.in_lead(lambda: _run(config, Path(workdir), changes))
+
+
+def _run(config: ConfigDict, workdir: Path, changes: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     paths = (
         [workdir]
         if (workdir / "metadata.json").exists()
@@ -121,11 +136,9 @@ def run(
         images = f"{result['images']:,} " + ("random images" if random else f"test images of {chosen.dataset}")
         step = f"step {result['step']:,}: " if result["step"] is not None else ""
         line = f"{path}: {result['network']}, {step}top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
-        if processes.leads():
-            print(f"{line} ({images})")
-    if processes.leads():
-        try:
-            _files.write_json(workdir / "evaluation.json", {"results": results, **train.provenance()})
-        except OSError as error:  # a shared teacher may be read-only
-            print(f"not written: {error}")
+        print(f"{line} ({images})")
+    try:
+        _files.write_json(workdir / "evaluation.json", {"results": results, **train.provenance()})
+    except OSError as error:  # a shared teacher may be read-only
+        print(f"not written: {error}")
     return results

@@ -3,7 +3,7 @@
 import difflib
 import json
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,9 @@ from rkd_jax import checkpoint, data, methods, models, optim, steps
 VIEWS = {"weak": ("weak",), "strong": ("strong",), "both": ("weak", "strong")}
 MOST_SEED = 2**32 - 1  # jax.random.key would drop the bits above
 SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_every": 2, "eval_batch_size": 16}
+
+
+UNSET = ("image_size", "num_train", "num_test", "num_steps", "steps_per_call", "data_seed", "fold_teacher", "stream")
 
 
 class Loop(NamedTuple):
@@ -62,7 +65,10 @@ class Experiment(NamedTuple):
 
 
 class Fields:
-    """A config that remembers what was read of it: a field that nobody reads is an error, and one that it lacks too."""
+    """A config that remembers what was read of it: a field that nobody reads is an error, and one that it lacks too.
+
+    So is one that is None, but for those that may be unset.
+    """
 
     def __init__(self, config: Mapping[str, Any]):
         self._config = dict(config)
@@ -71,8 +77,14 @@ class Fields:
     def __getattr__(self, name: str) -> Any:
         if name not in self._config:
             raise ValueError(f"the config lacks the field {name!r}; start from configs/default.py, which has it")
+        if self._config[name] is None and name not in UNSET:
+            raise ValueError(f"config.{name} is None; give it a value, as configs/default.py does")
         self._read.add(name)
         return self._config[name]
+
+    def pass_over(self, names: Iterable[str]) -> None:
+        """Counts fields as read, which someone else has done."""
+        self._read.update(names)
 
     def one_of(self, name: str, choices: Mapping[str, Any] | tuple[str, ...]) -> str:
         """The value of a field that names one of a few choices."""
@@ -104,8 +116,7 @@ def build(config: ConfigDict) -> Experiment:
     fields = Fields(values)
 
     method = create_method(config)
-    for name in _method_fields(values) | {"method"}:
-        getattr(fields, name)
+    fields.pass_over(_method_fields(values) | {"method"})
     views = VIEWS[fields.one_of("views", VIEWS)]
     dtype = jnp.dtype(fields.one_of("dtype", ("float32", "bfloat16")))
     if method.joint_views and len(views) == 1:
@@ -163,7 +174,7 @@ def build(config: ConfigDict) -> Experiment:
     fields.at_least("seed", 0, MOST_SEED)
     if fields.data_seed is not None:
         fields.at_least("data_seed", 0, MOST_SEED)
-    _ = fields.stream, fields.smoke, fields.compare, fields.sweep
+    fields.pass_over(("stream", "smoke", "compare", "sweep"))
     fields.check_all_read()
 
     resolved = {name: value for name, value in values.items() if name not in _method_fields(values)}
@@ -189,7 +200,7 @@ def _optimization(
     if not all(isinstance(epoch, int | float) and 0 < epoch < math.inf for epoch in fields.decay_epochs):
         raise ValueError(f"config.decay_epochs={fields.decay_epochs!r} are no epochs; take, say, (150, 180, 210)")
     name, optimizer = fields.one_of("schedule", optim.SCHEDULES), fields.optimizer
-    falls = {"decay_epochs": fields.decay_epochs, "decay_factor": fields.at_least("decay_factor", 0)}
+    falls = {"decay_epochs": fields.decay_epochs, "decay_factor": fields.at_least("decay_factor", 0, 1)}
     schedule = optim.create_schedule(
         name, fields.at_least("learning_rate", 0), num_steps=num_steps, steps_per_epoch=steps_per_epoch, **falls,
         warmup_epochs=fields.at_least("lr_warmup_epochs", 0, fields.num_epochs),
@@ -221,10 +232,11 @@ def shrink(config: ConfigDict) -> dict[str, Any]:
     """The config's fields, with config.smoke made so small, where they are not smaller, that a run takes seconds."""
     values = config.to_dict()
     if values.get("smoke"):
+        fields = Fields(values)
         devices = jax.device_count()
         batch = -(-SMOKE["batch_size"] // devices) * devices  # which they can share
         for name, most in (SMOKE | {"batch_size": batch, "num_train": max(SMOKE["num_train"], batch)}).items():
-            values[name] = most if values.get(name) is None else min(most, values[name])
+            values[name] = most if getattr(fields, name) is None else min(most, values[name])
     return values
 
 
@@ -240,13 +252,16 @@ def alone(config: ConfigDict, network: str) -> ConfigDict:
     return copy
 
 
-def drop_foreign(configs: Sequence[ConfigDict], keep: Set[str]) -> None:
-    """Takes from each config the fields that methods of one's own have in the others, and its own has not."""
+def drop_foreign(configs: Sequence[ConfigDict], keep: Sequence[Set[str]]) -> None:
+    """Takes from each config the fields that methods of one's own have in the others, and its own has not.
+
+    But for those in its `keep`.
+    """
     known = [_method_fields(config) for config in configs]
-    own = set().union(*known) - set(methods.fields()) - keep
-    for config, mine in zip(configs, known, strict=True):
+    own = set().union(*known) - set(methods.fields())
+    for config, mine, kept in zip(configs, known, keep, strict=True):
         with config.unlocked():
-            for name in own - mine:
+            for name in own - mine - kept:
                 del config[name]
 
 
@@ -257,8 +272,8 @@ def _method_fields(values: Mapping[str, Any]) -> set[str]:
 def create_method(config: ConfigDict) -> methods.Distiller:
     """The config's method, with its hyper-parameters as set, or as its authors use them for this data set and pair."""
     fields = Fields(config.to_dict())
-    given = {name: config[name] for name in _method_fields(config)}
-    return methods.resolve(fields.method, given, fields.dataset, fields.teacher, fields.student)
+    names = fields.method, fields.dataset, fields.teacher, fields.student
+    return methods.resolve(names[0], {name: config[name] for name in _method_fields(config)}, *names[1:])
 
 
 def load_splits(fields: Fields) -> data.Splits:
@@ -285,7 +300,13 @@ def _teacher(
         metadata = {"mean": splits.mean, "std": splits.std}
     else:
         canonical = models.resolve(name, splits.train.images.shape[1], "config.teacher")
-        variables, metadata = checkpoint.load_network(path, canonical, splits.num_classes)
+        variables, metadata = checkpoint.load_network(path, canonical, splits.num_classes, splits.class_names)
+        side, here = metadata.get("image_size"), splits.train.images.shape[1]
+        if fields.image_size is None and ":" in fields.dataset and side not in (None, here):
+            raise ValueError(
+                f"config.teacher_checkpoint={path!r} was trained on images of {side} pixels, and config.dataset="
+                f"{fields.dataset!r} gives {here}; set config.image_size={side}, or {here} if it is to teach on those"
+            )
         check_variables(teacher, variables, splits.train.images.shape[1:], "config.teacher_checkpoint")
     if fold and method.resumes_teacher:
         raise ValueError(

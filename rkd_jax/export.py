@@ -91,6 +91,7 @@ class Export:
                 "name": "logits",
                 "shape": [self.batch or "batch", self.network.metadata["num_classes"]],
                 "dtype": "float32",
+                "classes": self.network.metadata.get("class_names"),
             },
         }
 

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -109,6 +109,45 @@ def in_lead(function: Callable[[], Any]) -> Any:
     if "error" in outcome:
         raise ValueError(outcome["error"])
     return outcome["value"]
+
+
+def everywhere(function: Callable[[], Any]) -> Any:
+    """Calls `function` in every process, and returns its result; what one of them raises, all raise."""
+    result, error = None, None
+    try:
+        result = function()
+    except (ValueError, OSError) as raised:
+        if jax.process_count() == 1:
+            raise
+        error = raised
+    if jax.process_count() > 1:
+        said = _gather("" if error is None else str(error))
+        if error is not None:
+            raise error
+        if failed := [f"process {index} (from 0): {text}" for index, text in enumerate(said) if text]:
+            raise ValueError(failed[0])
+    return result
+
+
+def _gather(text: str) -> list[str]:
+    """The texts of all processes, in their order."""
+    mine = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(mine)))
+    rows = multihost_utils.process_allgather(np.pad(mine, (0, int(sizes.max()) + 1 - len(mine))))
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def check_alike(facts: Mapping[str, Any]) -> None:
+    """ValueError, in all processes, where facts, plain JSON by name, are others in one of them than in process 0."""
+
+    def check() -> None:
+        for name, there in theirs.items():
+            if (here := mine.get(name)) != there:
+                raise ValueError(f"{name} is {here!r} here and {there!r} in process 0; give all processes the same")
+
+    mine = json.loads(json.dumps(facts))
+    theirs = agree(mine)
+    everywhere(check)
 
 
 def anywhere(claim: bool) -> bool:

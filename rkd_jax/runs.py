@@ -2,6 +2,8 @@
 
 import itertools
 import os
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,31 +84,57 @@ def sweep(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]
         for (name, _), summary in zip(members, summaries, strict=True)
     ]
     if processes.leads():
-        _files.write_json(workdir / "sweep.json", {"rows": rows, **train.provenance()})
-        width = max(len(name) for name, _ in members)
-        print(f"\n{'':{width}}  top-1 last %  best %")
-        for row in rows:
-            cells = "    diverged" if "diverged" in row else f"{row['last']['top1']:12.2f}  {row['best']['top1']:6.2f}"
-            print(f"{row['sweep']:{width}}  {cells}")
+        seeds = over_seeds(rows)
+        _files.write_json(workdir / "sweep.json", {"rows": rows, "over_seeds": seeds, **train.provenance()})
+        print("\n" + sweep_table(rows, seeds))
     if diverged:
         raise diverged
     return rows
 
 
+def over_seeds(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of a sweep's rows that differ in nothing but their seeds: how many, and mean and standard deviation of top-1.
+
+    In percent, of the "last" and of the "best" epoch; rows that diverged are left out, and so is what has one seed.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        words = (word for word in row["sweep"].split(",") if word.partition("=")[0] not in ("seed", "data_seed"))
+        groups.setdefault(",".join(words), []).append(row)
+    found = []
+    for name, members in groups.items():
+        sound = [row for row in members if "diverged" not in row]
+        if len(sound) > 1:
+            top1 = {kind: [row[kind]["top1"] for row in sound] for kind in ("last", "best")}
+            spread = {kind: {"mean": statistics.mean(x), "std": statistics.stdev(x)} for kind, x in top1.items()}
+            found.append({"sweep": name, "seeds": len(sound), **spread})
+    return found
+
+
+def sweep_table(rows: Sequence[dict[str, Any]], seeds: Sequence[dict[str, Any]]) -> str:
+    """A sweep's rows as text, and below them what `over_seeds` makes of them."""
+    spread = "mean ± standard deviation"
+    width = max(len(name) for name in [*(row["sweep"] for row in rows), *([spread] if seeds else [])])
+    lines = [f"{'':{width}}  top-1 last %  best %"]
+    for row in rows:
+        cells = "    diverged" if "diverged" in row else f"{row['last']['top1']:12.2f}  {row['best']['top1']:6.2f}"
+        lines.append(f"{row['sweep']:{width}}  {cells}")
+    if seeds:
+        lines += ["", f"{spread:{width}}  top-1 last %        best %"]
+    for row in seeds:
+        last, best = (f"{row[kind]['mean']:.2f} ± {row[kind]['std']:.2f}" for kind in ("last", "best"))
+        lines.append(f"{row['sweep'] or 'all':{width}}  {last:>12}  {best:>12}  ({row['seeds']} seeds)")
+    return "\n".join(lines)
+
+
 def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
-    """The students of a sweep, with their names: "lam=0.1,1 seed=0,1" makes "lam=0.1,seed=0" and three others."""
-    axes = []
-    for word in config.sweep.split():
-        field, equals, values = word.partition("=")
-        if not equals or not values or field not in config or field == "sweep":
-            raise ValueError(
-                f"config.sweep={config.sweep!r}: {word!r} is not FIELD=VALUE,VALUE,... of a field of the config; "
-                'write, say, --config.sweep="lam=0.1,1,5 seed=0,1"'
-            )
-        axes.append([(field, value) for value in values.split(",")])
+    """The students of a sweep, with their names: "lam=0.1,1 seed=0,1" makes "lam=0.1,seed=0" and three others.
+
+    "method=kd; method=ranking_alignment lam=1,5" makes those of two sweeps, three in all.
+    """
     members: list[tuple[str, ConfigDict]] = []
-    swept = {field for axis in axes for field, _ in axis}
-    for choice in itertools.product(*axes):
+    swept: list[set[str]] = []  # of each member
+    for choice in itertools.chain.from_iterable(itertools.product(*axes) for axes in _axes(config)):
         member = config.copy_and_resolve_references()
         member.sweep = ""
         for field, value in choice:
@@ -114,12 +142,31 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
         if any(other.to_dict() == member.to_dict() for _, other in members):
             raise ValueError(f"config.sweep={config.sweep!r} names a student twice; name each once")
         members.append((",".join(f"{field}={value}" for field, value in choice), member))
-    if (small := swept & {*experiment.SMOKE}) and config.smoke:
+        swept.append({field for field, _ in choice})
+    if (small := set().union(*swept) & {*experiment.SMOKE}) and config.smoke:
         raise ValueError(
             f"config.smoke sets config.{min(small)} itself, which config.sweep varies; leave one of them out"
         )
-    experiment.drop_foreign([config.copy_and_resolve_references(), *(member for _, member in members)], keep=swept)
+    configs = [config.copy_and_resolve_references(), *(member for _, member in members)]
+    experiment.drop_foreign(configs, [set(), *swept])
     return members
+
+
+def _axes(config: ConfigDict) -> list[list[list[tuple[str, str]]]]:
+    """The sweeps of config.sweep: of each its words, and of each word the field with each value."""
+    sweeps = []
+    for text in config.sweep.split(";"):
+        axes = []
+        for word in text.split() or [text]:
+            field, equals, values = word.partition("=")
+            if not equals or not values or field not in config or field == "sweep":
+                raise ValueError(
+                    f"config.sweep={config.sweep!r}: {word!r} is not FIELD=VALUE,VALUE,... of a field of the config; "
+                    'write, say, --config.sweep="lam=0.1,1,5 seed=0,1"'
+                )
+            axes.append([(field, value) for value in values.split(",")])
+        sweeps.append(axes)
+    return sweeps
 
 
 def _parse(field: str, value: str, kind: type) -> Any:

@@ -96,6 +96,12 @@ def data_mesh(batch_size: int) -> Mesh:
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
 
+def local_mesh() -> Mesh:
+    """The devices of this process on one "data" axis."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Copies a tree of arrays, the same in every process, to every device of the mesh."""
     whole = NamedSharding(mesh, PartitionSpec())
@@ -210,9 +216,12 @@ def make_train_step(
         teachers: list[Any] = [None] * num_views
         resume_teacher = functools.partial(models.resume, teacher, inputs.teacher) if teacher else None
         if any(learner.method.needs_teacher for learner in learners):
-            normalized = augment.normalize(jnp.concatenate(views), *recipe.teacher_normalization)
+            # An image's views stay neighbours: of a batch that devices share, each keeps its images, and their maps.
+            together = jnp.stack(views, axis=1).reshape(-1, *images.shape[1:])
+            normalized = augment.normalize(together, *recipe.teacher_normalization)
             outputs = jax.lax.stop_gradient(teacher.apply(inputs.teacher, normalized, train=False))
-            teachers = [jax.tree.map(lambda x, i=i: jnp.split(x, num_views)[i], outputs) for i in range(num_views)]
+            outputs = jax.tree.map(lambda x: x.reshape(-1, num_views, *x.shape[1:]), outputs)
+            teachers = [jax.tree.map(lambda x, i=i: x[:, i], outputs) for i in range(num_views)]
         views = [augment.normalize(view, *recipe.student_normalization) for view in views]
         batch = {"label": labels, "index": index}
         pairs = [
@@ -431,12 +440,15 @@ def make_eval_step(
     """Returns step(variables, images, labels) -> sums over the batch; a label below 0 marks padding.
 
     The sums: "top1", "top5" (images whose label is among the 1, 5 highest logits), "loss" (cross-entropy), "count". The
-    devices of the mesh share the batch where it divides among them.
+    devices of the mesh share the batch, padded to a multiple of their number.
     """
 
     @jax.jit
     def eval_step(variables: Any, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-        if mesh is not None and len(images) % mesh.size == 0:
+        if mesh is not None:
+            padding = -len(images) % mesh.size
+            images = jnp.pad(images, [(0, padding)] + [(0, 0)] * 3)
+            labels = jnp.pad(labels, (0, padding), constant_values=-1)
             images = jax.lax.with_sharding_constraint(images, NamedSharding(mesh, PartitionSpec("data")))
         logits = network.apply(variables, augment.normalize(images, *normalization), train=False).logits
         real = labels >= 0

@@ -1,6 +1,7 @@
 """The training loop: for each step, train; now and then, log, evaluate, save."""
 
 import contextlib
+import hashlib
 import os
 import shlex
 import signal
@@ -34,6 +35,7 @@ OWN = (
     "student", "method", "seed", "data_seed", "view_reduction", "learning_rate", "schedule", "decay_epochs",
     "decay_factor", "lr_warmup_epochs", "optimizer", "momentum", "nesterov", "weight_decay",
 )  # fmt: skip
+ASK_EVERY = 50  # steps, at most, until processes ask each other whether one was told to stop
 TEACHER = ("teacher", "teacher_checkpoint", "teacher_fingerprint", "fold_teacher")
 
 
@@ -67,7 +69,10 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
         if any(config.get(field) for config, _ in members):
             raise ValueError(f"config.{field} is several runs, which rkd_jax.runs.run does; unset it here")
     _devices.start()
-    runs = [experiment.build(config) for config, _ in members]
+    runs = processes.everywhere(lambda: [experiment.build(config) for config, _ in members])
+    if jax.process_count() > 1:
+        for run in runs:
+            processes.check_alike(_computed(run))
     folders = [Path(workdir) for _, workdir in members]
     mesh = steps.data_mesh(runs[0].recipe.batch_size)
     _check_shared(runs, folders)
@@ -125,8 +130,9 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
     else:
         source = feed.resident(plan, data_rng, spe, split, mesh)
 
+    eval_steps: dict[str, Any] = {}  # by network: one program for all students that have it
     for student in students:
-        student.open(start, mesh)
+        student.open(start, mesh, eval_steps)
     clock, saved = Clock(max(student.progress["seconds"] for student in students)), time.monotonic()
     compiled: set[int] = set()  # counts of steps a call that there is a program for
     with _signals() as received, contextlib.closing(source):
@@ -141,8 +147,9 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
             done = call.step + call.count
             last = done == recipe.num_steps
             log, evaluate = (last or done % every == 0 for every in (loop.log_every, loop.eval_every))
-            # Of several processes, any may be told to stop, and all do so together: they ask each other when they log.
-            stop = bool(received) if jax.process_count() == 1 else log and processes.anywhere(bool(received))
+            # Of several processes, any may be told to stop, and all do so together: now and then they ask each other.
+            ask = log or evaluate or done // ASK_EVERY > call.step // ASK_EVERY
+            stop = bool(received) if jax.process_count() == 1 else ask and processes.anywhere(bool(received))
             save = last or stop or time.monotonic() - saved >= loop.checkpoint_seconds
             if not (log or evaluate or save or fresh):
                 continue
@@ -187,7 +194,8 @@ class Student:
         self.bad_step: int | None = None  # the first whose loss or update was not finite
         self._label = label
         self._checkpoints = Checkpoints(workdir / "checkpoints") if processes.leads() else None
-        self.state = steps.run_once(run.create_state, jax.random.key(run.config["seed"]))
+        with _devices.memory("take a smaller config.student, or lower what makes its method's own arrays large"):
+            self.state = steps.run_once(run.create_state, jax.random.key(run.config["seed"]))
         self.parameters = models.count_parameters(self.state.params["student"])
         self.progress: dict[str, Any] = {"best": None, "last": None, "totals": {}, "seconds": 0.0}
 
@@ -208,9 +216,13 @@ class Student:
         """The sums of the metrics since the last log."""
         return {name: np.float32(value) for name, value in self.progress["totals"].items()}
 
-    def open(self, start: int, mesh: Mesh) -> None:
-        """Ready to write: what was written beyond step `start` is dropped."""
-        self._eval_step = steps.make_eval_step(self.run.student, self.run.recipe.student_normalization, mesh)
+    def open(self, start: int, mesh: Mesh, eval_steps: dict[str, Any]) -> None:
+        """Ready to write: what was written beyond step `start` is dropped. Evaluation steps are shared, by network."""
+        name, splits = self.run.config["student"], self.run.splits
+        if name not in eval_steps:  # in float32, whatever config.dtype is, as `rkd_jax.evaluate` and exports have it
+            network = models.create(name, splits.num_classes, image_size=splits.test.images.shape[1])
+            eval_steps[name] = steps.make_eval_step(network, self.run.recipe.student_normalization, mesh)
+        self._eval_step = eval_steps[name]
         if not self._checkpoints:
             return
         self._checkpoints.drop_after(start)
@@ -317,6 +329,17 @@ def _finished(workdir: Path) -> dict[str, Any] | None:
     return _files.read_json(path) if path.exists() else None
 
 
+def _computed(run: experiment.Experiment) -> dict[str, Any]:
+    """What makes a run's numbers, by name: the same in all processes, or they would train apart."""
+    digest = hashlib.sha256()
+    for images, labels in (run.splits.train, run.splits.test):
+        digest.update(f"{images.shape}".encode() + np.ascontiguousarray(labels).tobytes())
+        digest.update(np.ascontiguousarray(images[:: len(images) // 64 + 1]).tobytes())
+    facts = {f"config.{name}": value for name, value in run.config.items() if name not in ELSEWHERE}
+    facts["whether the set is streamed (config.stream)"] = feed.streams(run.config["stream"], run.splits.train)
+    return facts | {"the digest of the images of config.dataset": digest.hexdigest()[:16]}
+
+
 def _check_shared(runs: Sequence[experiment.Experiment], folders: Sequence[Path]) -> None:
     """ValueError where runs of one program differ in what they share, naming the field."""
     if len(set(folders)) < len(folders):
@@ -403,7 +426,8 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> bool:
 
 def _facts(run: experiment.Experiment, result: dict[str, Any]) -> dict[str, Any]:
     """A trained network's metadata."""
-    return {
+    known = {"class_names": run.splits.class_names} if run.splits.class_names else {}
+    return known | {
         "network": models.resolve(run.config["student"], run.splits.test.images.shape[1]),
         "num_classes": run.splits.num_classes,
         "dataset": run.config["dataset"],
@@ -424,11 +448,13 @@ def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
     teacher = f" from {config['teacher']}" if method.needs_teacher else ""
     used = ("learning_rate", *optim.taken(config["optimizer"]))
     options = ", ".join(f"{name}={config[name]}" for name in used)
+    height, width, _ = run.splits.train.images.shape[1:]
     return (
         f"{config['student']} ({parameters:,} parameters) learns {config['dataset']}{teacher} by {config['method']}"
         + (f" ({with_fields})" if names else "")
-        + f": {len(run.splits.train.labels):,} training and {len(run.splits.test.labels):,} test images, "
-        f"{run.recipe.num_steps:,} steps of {run.recipe.batch_size}, seed {config['seed']}, on {device_name()}"
+        + f": {len(run.splits.train.labels):,} training and {len(run.splits.test.labels):,} test images of "
+        + f"{height}x{width}, {run.recipe.num_steps:,} steps of {run.recipe.batch_size}, seed {config['seed']}, "
+        + f"on {device_name()}"
         + (" | SMOKE" + (": random images" if data.form(config["dataset"]) else "") if config["smoke"] else "")
         + (f" | optimizer {config['optimizer']} ({options})" if config["optimizer"] != "sgd" else "")
         + (f" | schedule {config['schedule']}" if config["schedule"] != "step" else "")

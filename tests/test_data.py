@@ -77,6 +77,7 @@ def child(code, **environment):
 def check_tiny(splits):
     assert splits.train.images.shape == (400, 64, 64, 3)
     assert splits.test.images.shape == (200, 64, 64, 3)
+    assert splits.class_names == tuple(WNIDS)
     assert splits.train.images.dtype == np.uint8
     assert splits.train.labels.dtype == np.int32
     for split in (splits.train, splits.test):  # the level tells the class, JPEG's rounding apart
@@ -212,6 +213,15 @@ def test_a_damaged_cache_is_decoded_anew(tiny):
     (cache / "test_images.npy").unlink()
     check_tiny(data.load("tiny_imagenet", str(tiny)))
     assert not list(cache.parent.glob(".*"))  # nothing half written is left
+
+
+def test_class_names_of_a_cache_that_has_none_are_those_of_the_set(tiny):
+    data.load("tiny_imagenet", str(tiny))
+    meta = tiny / "tiny_imagenet" / "1.0.0.uint8" / "meta.json"
+    facts = json.loads(meta.read_text())
+    del facts["class_names"]
+    meta.write_text(json.dumps(facts))
+    check_tiny(data.load("tiny_imagenet", str(tiny)))
 
 
 def test_a_set_prepared_anew_is_decoded_anew(tiny):
@@ -430,7 +440,7 @@ def test_tfds_grey_without_test_split(tmp_path):
     assert splits.train.images.shape == (81, 28, 28, 1)
     assert np.bincount(splits.test.labels).tolist() == [3, 3, 3]
     assert (splits.test.images[:, 0, 0, 0] % 3 == splits.test.labels).all()
-    assert splits.num_classes == 3
+    assert (splits.num_classes, splits.class_names) == (3, ())
     resized = data.load("tfds:grey_set", str(tmp_path), image_size=16)
     assert resized.train.images.shape == (81, 16, 16, 1)
     assert data.load("tfds:grey_set", str(tmp_path)).train.images.shape == (81, 28, 28, 1)  # caches stay apart

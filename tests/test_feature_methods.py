@@ -786,8 +786,9 @@ def test_images_that_are_not_square(name):
 
 
 def test_hints_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"config\.hint_stage=7 is no stage of both networks; take 0 to 3"):
-        methods.create("fitnets", hint_stage=7).init(jax.random.key(0), shapes(S), shapes(T), EXAMPLES)
+    for stage in (7, -1):
+        with pytest.raises(ValueError, match=rf"config\.hint_stage={stage} is no stage of both networks; take 0 to 3"):
+            methods.create("fitnets", hint_stage=stage).init(jax.random.key(0), shapes(S), shapes(T), EXAMPLES)
     with pytest.raises(ValueError, match=r"2 x 2 in config\.student and of 8 x 8 in config\.teacher"):
         methods.create("fitnets", hint_stage=3).init(
             jax.random.key(0), shapes(S), shapes(outputs(0, [(8, 4)] * 4)), EXAMPLES

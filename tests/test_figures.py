@@ -75,7 +75,7 @@ def test_logit_difference_is_numpys():
 def test_ranked_logits_orders_names_and_correlates(teacher, student, tmp_path):
     splits = data.load("digits")
     images = splits.test.images[7:8]
-    reference, own = figures.predict([f"T={teacher}", f"S={student}"], images, 10, "--students")
+    reference, own = figures.predict([f"T={teacher}", f"S={student}"], images, data.load("digits"), "--students")
     assert (reference.label, own.label, own.embedding.shape) == ("T", "S", (1, 64))
     ranks = [np.argsort(np.argsort(each.logits[0])) for each in (reference, own)]
     rho = np.corrcoef(*ranks)[0, 1]  # no ties
@@ -218,17 +218,15 @@ def test_errors_name_the_flag(arguments, message, teacher, student, tmp_path):
 
 
 def test_class_names_come_from_the_data(tmp_path):
-    assert figures.class_names("digits", str(tmp_path), 3) == ["0", "1", "2"]
-    (tmp_path / "cifar3" / "1.0.0").mkdir(parents=True)
-    (tmp_path / "cifar3" / "1.0.0" / "label.labels.txt").write_text("cup\nmaple_tree\nsea\n")
-    assert figures.class_names("tfds:cifar3", str(tmp_path), 3) == ["cup", "maple tree", "sea"]
-    for name in ("cat", "dog"):
-        (tmp_path / "photos" / "train" / name).mkdir(parents=True)
-    (tmp_path / "photos" / "test").mkdir()
-    assert figures.class_names(f"folder:{tmp_path / 'photos'}", "", 2) == ["cat", "dog"]
-    for name in ("train", "bus"):  # a class of that name, as `data.load` has it
+    digits = data.load("digits")
+    assert figures.class_names(digits) == [*"0123456789"]
+    assert figures.class_names(digits._replace(class_names=("a_b", *"123456789")))[0] == "a b"
+    assert figures.class_names(digits._replace(class_names=(), num_classes=3)) == ["0", "1", "2"]
+    for name in ("train", "bus"):  # a class of that name
         (tmp_path / "vehicles" / name).mkdir(parents=True)
-    assert figures.class_names(f"folder:{tmp_path / 'vehicles'}", "", 2) == ["bus", "train"]
+        for i in range(10):
+            Image.new("L", (8, 8)).save(tmp_path / "vehicles" / name / f"{i}.png")
+    assert figures.class_names(data.load(f"folder:{tmp_path / 'vehicles'}")) == ["bus", "train"]
 
 
 def test_names_and_folders_may_have_an_equals_sign(tmp_path):

@@ -641,6 +641,10 @@ def test_unknown_names_suggest_the_nearest():
         ("ranking_alignment", {"eps": -1.0}, "config.eps=-1.0 has to be above 0; unset, it is 1.0"),
         ("ranking_alignment", {"kind": "l3"}, "config.kind='l3' has to be one of 'l2', 'l1', 'spearman'"),
         ("dkd", {"warmup_epochs": -1.0}, "config.warmup_epochs=-1.0 has to be 0 or above"),
+        ("kd", {"beta": -1.0}, "config.beta=-1.0 has to be 0 or above; unset, it is 0.9"),
+        ("ranking_alignment", {"lam": -5.0}, "config.lam=-5.0 has to be 0 or above"),
+        ("crld", {"weak_threshold": 90.0}, "config.weak_threshold=90.0 has to be 0 to 1; unset, it is 0.9"),
+        ("crd", {"bank_momentum": 2.0}, "config.bank_momentum=2.0 has to be 0 to 1"),
         ("dot", {"temperature": 0.0}, "config.temperature=0.0 has to be above 0"),
     ],
 )
@@ -666,8 +670,11 @@ def test_a_pairs_values_precede_a_students_and_a_data_sets(monkeypatch):
         "digits": {"alpha": 1.0, "beta": 1.0, "temperature": 1.0},
         "b": {"alpha": 2.0, "beta": 2.0},
         "a>b": {"alpha": 3.0},
+        "misspelt": {"bta": 1.0},
     }
     monkeypatch.setattr(methods.load("kd"), "tuned", tuned)
+    with pytest.raises(ValueError, match=r"kd\.tuned has 'bta', which is no field of it; did you mean 'beta'"):
+        methods.resolve("kd", {}, "misspelt")
     assert methods.resolve("kd", {}, "digits", "A", "B") == methods.create("kd", alpha=3.0, beta=2.0, temperature=1.0)
 
 

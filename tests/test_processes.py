@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import FAST_FLAGS, ROOT
 
-from rkd_jax import evaluate, processes, runs, train
+from rkd_jax import processes, runs, train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -50,10 +50,14 @@ def start(config, workdir, devices=1, where="", first=""):
     )  # fmt: skip
 
 
-def start_two(config, workdir, first=""):
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start_two(config, workdir, first=""):
+    port = free_port()
     return [start(config, workdir, where=f"localhost:{port},{index},2", first=first) for index in range(2)]
 
 
@@ -89,14 +93,41 @@ def test_chain_in_two_processes_is_taught_by_what_the_first_wrote(slow, tmp_path
     assert summary["config"]["teacher_fingerprint"] == assistant["fingerprint"]
 
 
-def test_the_first_process_alone_tells_of_an_evaluation(tiny, tmp_path, monkeypatch, capsys):
-    config = tiny(num_steps=2)
-    train.train_and_evaluate(config, tmp_path)
-    capsys.readouterr()
-    monkeypatch.setattr(evaluate.processes, "leads", lambda: False)
-    assert len(evaluate.run(config, tmp_path)) == 2
-    assert not capsys.readouterr().out
-    assert not (tmp_path / "evaluation.json").exists()
+def test_the_first_of_two_processes_evaluates(slow, tmp_path):
+    told = train.train_and_evaluate(slow(num_steps=2), tmp_path)["last"]
+    outputs = finish(*start_two(slow(), tmp_path, "from rkd_jax import evaluate\nruns.run = evaluate.run"))
+    assert [output.count("top-1") for output in outputs] == [2, 0]
+    (_, last) = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+    assert {name: last[name] for name in told} == told
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"teacher_checkpoint": ""}, "FileNotFoundError: config.teacher_checkpoint is not set"),
+        ({"seed": 1}, "ValueError: config.seed is 1 here and 0 in process 0; give all processes the same"),
+    ],
+)
+def test_processes_that_would_train_apart_are_told(slow, tmp_path, fields, error):
+    where = f"localhost:{free_port()},{{}},2"
+    started = [start(slow(**fields) if i else slow(), tmp_path / "run", where=where.format(i)) for i in range(2)]
+    first, second = (process.communicate(timeout=300)[1] for process in started)
+    assert f"ValueError: process 1 (from 0): {error.partition(': ')[2]}" in first
+    assert error in second
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_stop_between_two_logs(slow, tmp_path):
+    config = slow(num_steps=2000, log_every=100, eval_epochs=1000.0)
+    started = start_two(config, tmp_path, "from rkd_jax import train\ntrain.ASK_EVERY = 3")
+    for line in started[0].stdout:
+        if line.startswith("train step 100/"):
+            for process in started:
+                process.send_signal(signal.SIGTERM)
+            break
+    saved = [int(re.search(r"saved at step (\d+)", started[0].communicate(timeout=300)[0]).group(1))]
+    assert started[1].wait(timeout=300) == started[0].returncode == 128 + signal.SIGTERM
+    assert 100 < saved[0] < 200
 
 
 def test_batch_that_does_not_divide_among_the_devices(slow, tmp_path):
@@ -107,17 +138,20 @@ def test_batch_that_does_not_divide_among_the_devices(slow, tmp_path):
 
 def test_checkpoint_goes_on_with_other_devices(slow, tmp_path):
     """And two devices give the losses of one."""
-    runs.distil(slow(), tmp_path / "whole")
-    process = start(slow(checkpoint_seconds=0.0), tmp_path / "run")
+    runs.distil(slow(eval_batch_size=33), tmp_path / "whole")
+    process = start(slow(eval_batch_size=33, checkpoint_seconds=0.0), tmp_path / "run")
     for line in process.stdout:
         if re.match(r"train step 7/", line):
             process.send_signal(signal.SIGTERM)
             break
     process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
-    (output,) = finish(start(slow(), tmp_path / "run", devices=2))
+    (output,) = finish(start(slow(eval_batch_size=33), tmp_path / "run", devices=2))
     assert re.search(r"on 2 x cpu \| goes on from step (7|8|9|1\d)\b", output)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "whole"), rtol=1e-5)
+    tested = [json.loads((tmp_path / name / "summary.json").read_text())["last"] for name in ("run", "whole")]
+    assert tested[0]["top1"] == tested[1]["top1"]  # batches of 33 images, 7 in the last, by one device and by two
+    assert tested[0]["loss"] == pytest.approx(tested[1]["loss"], rel=1e-5)
 
 
 def test_signal_to_one_process_stops_all_and_they_go_on_together(slow, tmp_path):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -178,7 +179,11 @@ def test_interrupted_command_goes_on(flags, trainer, tmp_path, capsys):
     assert len(trainer.names) == 4
     out = capsys.readouterr().out
     assert "3 runs for 3 cells; 0 to be run" in out
-    assert f"The results are in {tmp_path / 'r' / 'smoke'}; python -m rkd_jax.report.tables prints" in out
+    assert f"The results are in {tmp_path / 'r' / 'smoke'}; the tables are printed by" in out
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:3] == ["python", "-m", "rkd_jax.report.tables"]
+    tables.main(command[3:])
+    assert "(scale smoke)" in capsys.readouterr().out
     (tmp_path / "r" / "smoke" / PAIR / "kd-seed0.json").unlink()
     shutil.rmtree(tmp_path / "w")  # with the teacher's network
     run.main(flags)

@@ -99,6 +99,9 @@ def test_field_of_ones_own_method_in_comparisons_sweeps_and_within_dot(tiny, tmp
         ]
     built = experiment.build(make(method="dot", inner="own_strength:Method")).config
     assert (built["inner"], built["strength"]) == ("own_strength:Method", 0.5)
+    found = runs.expand(make(method="kd", sweep="method=kd; method=own_strength:Method strength=1,2"))
+    built = [experiment.build(member).config for _, member in found]
+    assert [run.get("strength") for run in built] == [None, 1.0, 2.0]
     members = runs.expand(make(method="kd", sweep="method=kd,own_strength:Method strength=1,2"))
     with pytest.raises(ValueError, match=r"config\.strength is read by nothing; config\.method='kd' has no such"):
         experiment.build(members[0][1])
@@ -136,6 +139,9 @@ def test_evaluation_without_a_config_takes_that_of_each_run(tiny, teacher, tmp_p
     assert (found[0]["dataset"], found[0]["images"]) == ("digits", 40)
 
     moved = shutil.copytree(tmp_path / "all" / "own" / "best", tmp_path / "moved")  # from its run
+    metadata = json.loads((moved / "metadata.json").read_text())
+    del metadata["image_size"]  # as in a network of older days
+    (moved / "metadata.json").write_text(json.dumps(metadata))
     with pytest.raises(ValueError, match=r"was trained on folder:.*; name --config.dataset and --config.image_size"):
         evaluate.run(tiny(), moved, {})
     fields = {"dataset": own["dataset"], "image_size": 8}
@@ -186,6 +192,60 @@ def test_own_folder_and_own_network_distil(tiny, tmp_path, monkeypatch):
     assert summary["parameters"] == 3 * 3 * 8 + 8 + 8 * 10 + 10  # grey images
 
 
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A folder of two classes in images of two sizes, and a network trained on it in images of 12 pixels."""
+    folder = tmp_path_factory.mktemp("shapes")
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(("dark", "light")):
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(20):
+            pixels = generator.integers(0, 128, (8 + i % 2, 9, 3), np.uint8) + np.uint8(127 * label)
+            Image.fromarray(pixels).save(folder / "images" / name / f"{i:02}.png")
+    return folder
+
+
+def of_shapes(tiny, shapes, **fields):
+    alone = {"method": "cross_entropy", "teacher": "", "teacher_checkpoint": ""}
+    some = {"num_train": None, "num_test": None, "num_steps": 4}
+    return tiny(**some | alone | {"dataset": f"folder:{shapes / 'images'}", "crop_padding": 0} | fields)
+
+
+@pytest.fixture
+def of_12_pixels(tiny, shapes):
+    runs.distil(of_shapes(tiny, shapes, image_size=12), shapes / "run")  # once
+    return shapes / "run"
+
+
+def test_a_network_is_tested_on_images_of_the_size_that_it_was_trained_on(tiny, shapes, of_12_pixels, tmp_path):
+    told = json.loads((of_12_pixels / "summary.json").read_text())["last"]
+    shutil.copytree(of_12_pixels / "last", tmp_path / "apart")
+    config = of_shapes(tiny, shapes)
+    for path, changes in (
+        (of_12_pixels, None), (of_12_pixels, {}), (of_12_pixels, {"dataset": config.dataset}), (tmp_path / "apart", {}),
+    ):  # fmt: skip
+        assert evaluate.run(config, path, changes)[-1]["loss"] == told["loss"], (path, changes)
+    asked = evaluate.evaluate(of_shapes(tiny, shapes, image_size=16), tmp_path / "apart")
+    assert asked["loss"] != told["loss"]
+
+
+def test_a_teacher_of_other_images_or_classes_is_named(tiny, shapes, of_12_pixels, tmp_path):
+    pair = {"method": "kd", "teacher": "small_network:create", "teacher_checkpoint": str(of_12_pixels / "last")}
+    with pytest.raises(
+        ValueError, match=r"trained on images of 12 pixels, and config\.dataset=.* gives 64; set config\."
+    ):
+        experiment.build(of_shapes(tiny, shapes, **pair))
+    experiment.build(of_shapes(tiny, shapes, image_size=64, **pair))  # as the user says
+    shutil.copytree(shapes / "images", tmp_path / "images")
+    (tmp_path / "images" / "light").rename(tmp_path / "images" / "bright")
+    other = {"dataset": f"folder:{tmp_path / 'images'}", "image_size": 12}
+    message = r"was trained on other classes than config\.dataset has: 0 is 'dark' there and 'bright' here"
+    with pytest.raises(ValueError, match=message):
+        experiment.build(of_shapes(tiny, shapes, **pair | other))
+    with pytest.raises(ValueError, match=message):
+        evaluate.evaluate(of_shapes(tiny, shapes, **other), of_12_pixels / "last")
+
+
 @pytest.mark.parametrize("field", [{"sweep": "seed=0,1"}, {"compare": True}])
 def test_one_run_is_not_several(tiny, tmp_path, field):
     with pytest.raises(ValueError, match=r"is several runs, which rkd_jax\.runs\.run does; unset it here"):
@@ -198,7 +258,7 @@ def test_smoke_of_a_folder_takes_a_few_of_its_images(tiny, tmp_path, capsys):
     alone = {"method": "cross_entropy", "teacher": "", "teacher_checkpoint": "", "num_train": None, "num_test": None}
     runs.distil(tiny(dataset=f"folder:{tmp_path / 'images'}", smoke=True, **alone), tmp_path / "run")
     text = capsys.readouterr().out
-    assert "30 training and 3 test images" in text
+    assert "30 training and 3 test images of 8x8" in text
     assert "| SMOKE" in text
     assert "random images" not in text
 

@@ -210,6 +210,44 @@ def test_wrong_sweep_is_named(tiny, tmp_path, sweep, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_several_sweeps_in_one(tiny):
+    config = tiny(sweep="method=kd; method=ranking_alignment lam=1,5")
+    found = runs.expand(config)
+    assert [name for name, _ in found] == [
+        "method=kd",
+        "method=ranking_alignment,lam=1",
+        "method=ranking_alignment,lam=5",
+    ]
+    assert [(member.method, member.lam) for _, member in found] == [
+        ("kd", None), ("ranking_alignment", 1.0), ("ranking_alignment", 5.0),
+    ]  # fmt: skip
+    for sweep in ("lam=1,5;", " "):
+        with pytest.raises(ValueError, match=r"' ?' is not FIELD=VALUE,VALUE"):
+            runs.expand(tiny(sweep=sweep))
+
+
+def test_spread_over_seeds():
+    def row(name, last, best):
+        return {"sweep": name, "last": {"top1": last}, "best": {"top1": best}}
+
+    rows = [row("method=kd,seed=0", 90.0, 91.0), row("method=kd,seed=1", 94.0, 95.0), row("method=dkd,seed=0", 80, 80)]
+    rows += [{"sweep": "method=kd,seed=2", "diverged": True}, {"sweep": "method=dkd,seed=1", "diverged": True}]
+    (found,) = runs.over_seeds(rows)
+    assert (found["sweep"], found["seeds"], found["last"]["mean"], found["best"]["mean"]) == (
+        "method=kd",
+        2,
+        92.0,
+        93.0,
+    )
+    assert found["last"]["std"] == pytest.approx(8**0.5)
+    text = runs.sweep_table(rows, [found])
+    assert re.search(r"method=kd,seed=2 +diverged\n", text)
+    assert "92.00 ± 2.83  93.00 ± 2.83  (2 seeds)" in text
+    (found,) = runs.over_seeds([row("seed=0", 1.0, 1.0), row("seed=1", 1.0, 1.0)])
+    assert runs.sweep_table([row("seed=0", 1.0, 1.0)], [found]).splitlines()[-1].startswith("all ")
+    assert runs.over_seeds([row("lam=1", 1.0, 1.0), row("lam=2", 1.0, 1.0)]) == []
+
+
 def test_sweep_of_what_smoke_sets_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"config\.smoke sets config\.batch_size itself"):
         runs.run(tiny(sweep="batch_size=4,8", smoke=True), tmp_path / "run")

@@ -346,6 +346,41 @@ def test_misspelt_field_suggests_the_right_one(tiny):
         experiment.build(config)
 
 
+@pytest.mark.parametrize("name", ["dataset", "student", "teacher", "method", "learning_rate", "seed", "decay_epochs"])
+def test_field_that_is_none_is_named(tiny, name):
+    config = tiny()
+    with config.unlocked(), config.ignore_type():
+        config[name] = None
+    with pytest.raises(ValueError, match=f"config.{name} is None; give it a value, as configs/default.py does"):
+        experiment.build(config)
+
+
+def test_a_network_trained_in_bfloat16_has_the_accuracy_that_its_run_says(tiny, tmp_path):
+    config = tiny(dtype="bfloat16")
+    told = train.train_and_evaluate(config, tmp_path)["last"]
+    found = evaluate.evaluate(config, tmp_path / "last")
+    assert [found[name] for name in ("top1", "top5", "loss")] == [told[name] for name in ("top1", "top5", "loss")]
+
+
+def test_memory_that_does_not_suffice_for_the_state(tiny, tmp_path, monkeypatch):
+    full = unittest.mock.Mock(side_effect=jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    monkeypatch.setattr(train.steps, "run_once", full)
+    with pytest.raises(MemoryError, match=r"does not suffice \(Out of memory\); take a smaller config\.student"):
+        train.train_and_evaluate(tiny(), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_what_the_numbers_come_from_is_told_apart(tiny):
+    run = experiment.build(tiny())
+    facts = train._computed(run)
+    assert facts == train._computed(experiment.build(tiny(teacher_checkpoint=run.config["teacher_checkpoint"] + "/")))
+    labels = run.splits.train.labels.copy()
+    labels[3] += 1
+    other = run._replace(splits=run.splits._replace(train=run.splits.train._replace(labels=labels)))
+    (changed,) = (name for name, value in train._computed(other).items() if facts[name] != value)
+    assert changed == "the digest of the images of config.dataset"
+
+
 def test_teacher_that_is_not_there(tiny, tmp_path):
     (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "run" / "best" / "metadata.json").write_text("{}")
@@ -418,7 +453,8 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
             "config.method='ranking_alinment' is no method; did you mean 'ranking_alig",
         ),
         ("--config.lerning_rate=1", 'Did you mean "learning_rate"'),
-        ("--config.lam=much", "--config.lam=much"),
+        ("--config.lam=much", "Error: --config.lam=much: "),
+        ("--mod=eval", "Error: Unknown command line flag 'mod'. Did you mean: mode ?"),
         ("--config=configs/none.py", "configs/none.py"),
         ("config.lam=1", "'config.lam=1' is no flag; write --config.FIELD=VALUE"),
     ],
@@ -430,6 +466,17 @@ def test_main_reports_a_users_error_in_one_sentence(tmp_path, flag, message):
     assert "Traceback" not in result.stderr
     assert message in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("line", ['config.lam = "5"', "config.decay_epochs = 5", "config.seed = 1 / 0", "no_such()"])
+def test_an_error_in_a_config_has_its_line(tmp_path, line):
+    lines = ["from configs import default", "", "def get_config():", "    config = default.get_config()", f"    {line}"]
+    (tmp_path / "own.py").write_text("\n".join([*lines, "    return config"]))
+    command = [sys.executable, str(ROOT / "main.py"), "--config", "own.py"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert f"(in own.py, line 5: {line})" in result.stderr
 
 
 BUGGY = """from rkd_jax import losses, methods

@@ -38,12 +38,7 @@ def load(path: str, image_size: int | None = None) -> Splits:
         for part in files
     ]
     train, test = splits if len(splits) == 2 else _prepared.hold_out(splits[0])
-    return Splits(train, test, len(classes), *moments(train.images))
-
-
-def class_names(path: str) -> list[str]:
-    """The names of the classes of such a folder, in order."""
-    return _classes(_parts(Path(path).expanduser())[0])
+    return Splits(train, test, len(classes), *moments(train.images), tuple(classes))
 
 
 def _parts(root: Path) -> list[Path]:

@@ -20,6 +20,7 @@ class Splits(NamedTuple):
     num_classes: int
     mean: tuple[float, ...]  # per channel, of 0..1
     std: tuple[float, ...]  # per channel, of 0..1
+    class_names: tuple[str, ...] = ()  # in the order of the labels; (): not known
 
 
 def moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

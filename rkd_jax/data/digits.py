@@ -22,4 +22,4 @@ def load(data_dir: str = "") -> Splits:
         held_out[np.flatnonzero(labels == label)[4::5]] = True
     train = Split(images[~held_out], labels[~held_out])
     mean, std = moments(train.images)
-    return Splits(train, Split(images[held_out], labels[held_out]), 10, mean, std)
+    return Splits(train, Split(images[held_out], labels[held_out]), 10, mean, std, tuple("0123456789"))

@@ -138,6 +138,8 @@ def _create(method: type[Distiller], given: Mapping[str, Any], places: tuple[str
             inner = load(values[name], f"config.{name}") if name in values else type(known[name].default)
             values[name], foreign = _create(inner, foreign, places), {}
     for name, value in foreign.items():
+        if name not in given:
+            raise ValueError(f"{_name(method)}.tuned has {name!r}, which is no field of it{_nearest(name, known)}")
         raise ValueError(
             f"config.{name}={value!r} is set, but method {_name(method)!r} does not read it{_nearest(name, known)} "
             f"It reads {', '.join(known) or 'no hyper-parameter'}."

@@ -14,7 +14,7 @@ from rkd_jax.methods import _maps, base
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    beta: float = 1000.0  # weight of the attention
+    beta: float = base.non_negative(1000.0)  # weight of the attention
 
     def init(self, rng, student, teacher, num_examples):
         _maps.pairs("at", student, teacher)

@@ -55,6 +55,11 @@ def non_negative(default: float) -> Any:
     return dataclasses.field(default=default, metadata={"claim": (lambda value: value >= 0, "has to be 0 or above")})
 
 
+def fraction(default: float) -> Any:
+    """A hyper-parameter from 0 to 1."""
+    return dataclasses.field(default=default, metadata={"claim": (lambda value: 0 <= value <= 1, "has to be 0 to 1")})
+
+
 def one_of(default: str, *others: str) -> Any:
     """A hyper-parameter with a few values."""
     values = (default, *others)

@@ -18,7 +18,7 @@ from rkd_jax.methods import _maps, base
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    beta: float = 15.0  # weight of the class maps
+    beta: float = base.non_negative(15.0)  # weight of the class maps
     map_resolution: int = base.positive(2)  # cells along each side
     normalize_maps: bool = False  # each class' cells divided by their norm
 

@@ -30,10 +30,10 @@ EPSILON = 1e-7  # of the released code, beside K / N
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    beta: float = 0.8  # weight of the contrasts
+    beta: float = base.non_negative(0.8)  # weight of the contrasts
     embedding_dim: int = base.positive(128)  # numbers of a bank's entry
     temperature: float = base.positive(0.07)  # of the similarities
-    bank_momentum: float = base.non_negative(0.5)  # weight of the old value of a bank's entry
+    bank_momentum: float = base.fraction(0.5)  # weight of the old value of a bank's entry
     num_negatives: int = base.positive(16384)  # K, of other classes, for each example
 
     def init(self, rng, student, teacher, num_examples):

@@ -18,10 +18,10 @@ from rkd_jax.methods import base
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    within_weight: float = 2.0  # weight of the terms within a view
-    cross_weight: float = 0.5  # weight of the terms across views
-    weak_threshold: float = 0.9  # the teacher's confidence in the weak view from which "within" counts
-    strong_threshold: float = 0.2  # the teacher's confidence in the strong view from which "cross" counts
+    within_weight: float = base.non_negative(2.0)  # weight of the terms within a view
+    cross_weight: float = base.non_negative(0.5)  # weight of the terms across views
+    weak_threshold: float = base.fraction(0.9)  # the teacher's probability in the weak view from which "within" counts
+    strong_threshold: float = base.fraction(0.2)  # its probability in the strong view from which "cross" counts
     temperature: float = base.positive(4.0)  # T
 
     joint_views: ClassVar[bool] = True

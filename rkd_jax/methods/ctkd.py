@@ -20,8 +20,8 @@ from rkd_jax.methods import base
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    alpha: float = 0.1  # weight of the label loss
-    beta: float = 0.9  # weight of the teacher's
+    alpha: float = base.non_negative(0.1)  # weight of the label loss
+    beta: float = base.non_negative(0.9)  # weight of the teacher's
     lowest_temperature: float = base.positive(1.0)  # T where theta is -infinity
     temperature_range: float = base.non_negative(20.0)  # how far T may rise above it
     curriculum_epochs: float = base.positive(10.0)  # epochs until the reversed gradient has its full size

@@ -16,8 +16,8 @@ from rkd_jax.methods import base
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    beta: float = 2.0  # weight of the relations within an example, over classes
-    gamma: float = 2.0  # weight of the relations within a class, over the batch
+    beta: float = base.non_negative(2.0)  # weight of the relations within an example, over classes
+    gamma: float = base.non_negative(2.0)  # weight of the relations within a class, over the batch
     temperature: float = base.positive(4.0)  # T
 
     def loss(self, params, state, student, teacher, batch, context):

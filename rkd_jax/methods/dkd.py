@@ -16,8 +16,8 @@ from rkd_jax.methods import base
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    alpha: float = 1.0  # weight of the target class' part, TCKD
-    beta: float = 8.0  # weight of the other classes' part, NCKD
+    alpha: float = base.non_negative(1.0)  # weight of the target class' part, TCKD
+    beta: float = base.non_negative(8.0)  # weight of the other classes' part, NCKD
     temperature: float = base.positive(4.0)  # T
     warmup_epochs: float = base.non_negative(20.0)  # epochs until the two have their full weight
     standardize: bool = False  # both sides' logits to z-scores first, as lskd does

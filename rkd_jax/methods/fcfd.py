@@ -34,11 +34,11 @@ leaky_relu = functools.partial(nn.leaky_relu, negative_slope=0.1)
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    alpha: float = 1.0  # weight of the label loss
-    beta: float = 1.0  # weight of the teacher's logits for the student's
+    alpha: float = base.non_negative(1.0)  # weight of the label loss
+    beta: float = base.non_negative(1.0)  # weight of the teacher's logits for the student's
     temperature: float = base.positive(4.0)  # T
-    feature_weight: float = 5.0  # weight of the maps, A and F
-    mixture_weight: float = 1.0  # weight of the teacher's logits for the paths'
+    feature_weight: float = base.non_negative(5.0)  # weight of the maps, A and F
+    mixture_weight: float = base.non_negative(1.0)  # weight of the teacher's logits for the paths'
     extra_paths: int = base.non_negative(2)  # paths a step, of 4 in all, or of 6 between networks of five maps
     warmup_epochs: float = base.non_negative(20.0)  # epochs until the maps have their full weight
     teacher_in_training: bool = True  # the teacher's own maps and logits by the batch's statistics, as released

@@ -17,7 +17,7 @@ from rkd_jax.methods import _maps, base
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    beta: float = 100.0  # weight of the hint
+    beta: float = base.non_negative(100.0)  # weight of the hint
     hint_stage: int = 2  # the stage whose map is the hint; 0 is the stem
 
     def init(self, rng, student, teacher, num_examples):
@@ -35,7 +35,8 @@ class Method(base.Distiller):
 
     def _hints(self, student, teacher):
         sides = _maps.both("fitnets", student, teacher, "features")
-        if not 0 <= self.hint_stage < (count := min(map(len, sides))):
+        count = min(map(len, sides))
+        if not 0 <= self.hint_stage < count:
             raise ValueError(f"config.hint_stage={self.hint_stage} is no stage of both networks; take 0 to {count - 1}")
         return sides[0][self.hint_stage], sides[1][self.hint_stage]
 

@@ -22,7 +22,7 @@ from rkd_jax.models.layers import torch_default
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    beta: float = 2.5  # weight of the correlations
+    beta: float = base.non_negative(2.5)  # weight of the correlations
 
     def init(self, rng, student, teacher, num_examples):
         s, t = _maps.both("ickd", student, teacher, "last_map")

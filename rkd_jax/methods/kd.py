@@ -11,8 +11,8 @@ from rkd_jax.methods import base
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    alpha: float = 0.1  # weight of the label loss
-    beta: float = 0.9  # weight of the teacher's
+    alpha: float = base.non_negative(0.1)  # weight of the label loss
+    beta: float = base.non_negative(0.9)  # weight of the teacher's
     temperature: float = base.positive(4.0)  # T
     standardize: bool = False  # both sides' logits to z-scores first, as lskd does
 

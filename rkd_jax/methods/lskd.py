@@ -17,7 +17,7 @@ from rkd_jax.methods import base, kd
 
 @dataclasses.dataclass(frozen=True)
 class Method(kd.Method):
-    beta: float = 9.0  # weight of the teacher's
+    beta: float = base.non_negative(9.0)  # weight of the teacher's
     temperature: float = base.positive(2.0)  # T
     standardize: bool = True  # off, it is kd
 

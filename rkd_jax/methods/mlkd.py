@@ -27,8 +27,8 @@ BATCH, CLASS = "tic,tjc->tij", "tbi,tbj->tij"  # Gram matrices of the examples, 
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    alpha: float = 0.1  # weight of the label loss
-    beta: float = 0.9  # weight of the teacher's
+    alpha: float = base.non_negative(0.1)  # weight of the label loss
+    beta: float = base.non_negative(0.9)  # weight of the teacher's
     temperature: float = base.positive(4.0)  # the first of the five temperatures
     intended: bool = False  # masks and views as intended, rather than as released
     standardize: bool = False  # both sides' logits to z-scores first, as lskd does; in I only

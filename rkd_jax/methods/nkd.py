@@ -18,7 +18,7 @@ from rkd_jax.methods import base
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    gamma: float = 1.5  # weight of the other classes' part
+    gamma: float = base.non_negative(1.5)  # weight of the other classes' part
     temperature: float = base.positive(1.0)  # T
 
     def loss(self, params, state, student, teacher, batch, context):

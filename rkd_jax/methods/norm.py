@@ -34,7 +34,7 @@ WEIGHTS = {210: 0.1, 180: 0.5, 20: 1.0, 10: 0.5, 0: 0.1}  # w, from the epoch of
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
     alpha: float = base.non_negative(0.1)  # weight of the label loss
-    beta: float = 1.0  # weight of the matched maps
+    beta: float = base.non_negative(1.0)  # weight of the matched maps
     segments: int = base.positive(8)  # N: how many times over the student's expanded map is to hold the teacher's
     logit_scale: float = base.positive(2.5)  # standard deviation of the logits in the losses
     schedule_epochs: float = base.positive(240.0)  # epochs over which w goes

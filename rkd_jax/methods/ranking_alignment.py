@@ -14,11 +14,11 @@ from rkd_jax.methods import base
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    lam: float = 5.0  # lambda, the weight of the ranking term: 5 on CIFAR-100, 10 on Tiny-ImageNet
+    lam: float = base.non_negative(5.0)  # lambda, the weight of the ranking term: 5 on CIFAR-100, 10 on Tiny-ImageNet
     eps: float = base.positive(1.0)  # strength of the soft rank; at 1, a trained network's ranks are its centred logits
     kind: str = base.one_of("l2", "l1", "spearman")  # d: the difference squared, or absolute; or 1 - rho
     rank_scale: str = base.one_of("paper", "logits")  # r as it is, or eps * r, so that lam means the same at every eps
-    kd_weight: float = 0.0  # weight of an added T^2 * KL term; 0: none
+    kd_weight: float = base.non_negative(0.0)  # weight of an added T^2 * KL term; 0: none
     temperature: float = base.positive(4.0)  # T of the added term
 
     tuned: ClassVar = {"tiny_imagenet": {"lam": 10.0}}

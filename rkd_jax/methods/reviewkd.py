@@ -26,7 +26,7 @@ he_uniform_linear = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")  
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    beta: float = 5.0  # weight of the reviewed maps
+    beta: float = base.non_negative(5.0)  # weight of the reviewed maps
     warmup_epochs: float = base.non_negative(20.0)  # epochs until they have their full weight
 
     tuned: ClassVar = {"resnet20": {"beta": 0.6}, "resnet32": {"beta": 1.0}, "shufflev2": {"beta": 8.0}}

@@ -16,8 +16,8 @@ from rkd_jax.methods import base
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    alpha: float = 1.0  # weight of the sample confidence, SC
-    beta: float = 8.0  # weight of the masked correlation, MC
+    alpha: float = base.non_negative(1.0)  # weight of the sample confidence, SC
+    beta: float = base.non_negative(8.0)  # weight of the masked correlation, MC
     temperature: float = base.positive(4.0)  # T, of MC
     confidence_temperature: float = base.positive(1.0)  # T_c, of SC
     warmup_epochs: float = base.non_negative(20.0)  # epochs until the two have their full weight

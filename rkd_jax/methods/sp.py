@@ -14,7 +14,7 @@ from rkd_jax.methods import _maps, base
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    beta: float = 3000.0  # weight of the similarities
+    beta: float = base.non_negative(3000.0)  # weight of the similarities
 
     def init(self, rng, student, teacher, num_examples):
         _maps.pairs("sp", student, teacher)

@@ -18,7 +18,7 @@ from rkd_jax.methods import base
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    beta: float = 45.0  # weight of the teacher's term
+    beta: float = base.non_negative(45.0)  # weight of the teacher's term
     power: float = base.positive(0.1)  # gamma, of the teacher's probabilities
     weighted: bool = False  # WTTM: each example by the sum of the teacher's powers, more for the less certain
 

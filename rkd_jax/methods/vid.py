@@ -24,7 +24,7 @@ LEAST = 1e-5  # variance
 
 @dataclasses.dataclass(frozen=True)
 class Method(base.Distiller):
-    beta: float = 1.0  # weight of the likelihoods
+    beta: float = base.non_negative(1.0)  # weight of the likelihoods
     initial_variance: float = base.positive(5.0)  # v at first
 
     def init(self, rng, student, teacher, num_examples):

@@ -24,11 +24,10 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from scipy import stats
 
 from rkd_jax import _files, _flags, checkpoint, data, evaluate, train
-from rkd_jax.data import _folder, _prepared
 from rkd_jax.report import paper
 
 # Okabe and Ito's colours, which readers who are colour-blind tell apart, without the yellow that vanishes on white.
@@ -36,6 +35,7 @@ BLUE, RED, GREEN, PURPLE, SKY, ORANGE, BLACK = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000",
 )  # fmt: skip
 COLORS = BLUE, RED, GREEN, PURPLE, SKY, ORANGE, BLACK, "#882255", "#999933", "#888888"
+HEADROOM = 0.66  # of a panel of ranked logits is for the points; above them is room for words
 MARKERS, LINES, GREY = "osD^vPX*<>", ("-", "--", ":", "-."), "0.6"
 STYLE = {
     "font.size": 9,
@@ -93,12 +93,12 @@ def load_images(args: argparse.Namespace) -> tuple[str, data.Splits]:
     return dataset, evaluate.load_splits(dataset, args.data_dir, sides.pop() if sides else None)
 
 
-def predict(texts: Sequence[str], images: np.ndarray, num_classes: int, flag: str) -> list[Predicted]:
-    """Shows uint8 images [N, H, W, K] to the networks that a flag names, 500 at a time."""
+def predict(texts: Sequence[str], images: np.ndarray, splits: data.Splits, flag: str) -> list[Predicted]:
+    """Shows uint8 images [N, H, W, K] of a set to the networks that a flag names, 500 at a time."""
     found = []
     for text in texts:
         label, folder = named(text)
-        network = evaluate.restore(network_folder(folder), images.shape[1:], num_classes, flag)
+        network = evaluate.restore(network_folder(folder), images.shape[1:], splits, flag)
         apply = jax.jit(lambda variables, batch, network=network: network._replace(variables=variables)(batch))
         outputs = [apply(network.variables, images[i : i + 500]) for i in range(0, len(images), 500)]
         values = zip(*((each.logits, each.embedding) for each in outputs), strict=True)
@@ -107,15 +107,9 @@ def predict(texts: Sequence[str], images: np.ndarray, num_classes: int, flag: st
     return found
 
 
-def class_names(dataset: str, data_dir: str, num_classes: int) -> list[str]:
-    """The names of a data set's classes, where TFDS or the folders say them; else their numbers."""
-    if dataset.startswith("folder:"):
-        return _folder.class_names(dataset.partition(":")[2])
-    name = dataset.removeprefix("tfds:").partition(":")[0]
-    for path in sorted((_prepared.folder(data_dir) / name).glob("*/label.labels.txt")):
-        if len(names := path.read_text().split("\n")[:num_classes]) == num_classes:
-            return [name.replace("_", " ") for name in names]
-    return [str(number) for number in range(num_classes)]
+def class_names(splits: data.Splits) -> list[str]:
+    """The names of a data set's classes, or their numbers."""
+    return [name.replace("_", " ") for name in splits.class_names] or [str(i) for i in range(splits.num_classes)]
 
 
 def logit_difference(student: np.ndarray, teacher: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -154,14 +148,17 @@ def draw_ranked_logits(args: argparse.Namespace) -> Figure:
         raise ValueError(f"--image={args.image} is not among the test images of {dataset}: 0 to {len(images) - 1:,}")
     chosen, true = images[args.image : args.image + 1], int(labels[args.image])
     teacher, *students = (
-        *predict([args.teacher], chosen, splits.num_classes, "--teacher"),
-        *predict(args.students, chosen, splits.num_classes, "--students"),
+        *predict([args.teacher], chosen, splits, "--teacher"),
+        *predict(args.students, chosen, splits, "--students"),
     )
-    names = class_names(dataset, args.data_dir, splits.num_classes)
+    names = class_names(splits)
     figure, axes = _panels(1 + len(students), 4.6, 3.2, sharey=True)
+    logits = [network.logits[0] for network in (teacher, *students)]
+    low, high = np.min(logits), np.max(logits)
+    axes[0].set_ylim(low - 0.04 * (high - low), low + (high - low) / HEADROOM + 1e-6)
     for i, (axis, network) in enumerate(zip(axes, [teacher, *students], strict=True)):
         _ranked_panel(axis, network, teacher, true, names, chr(ord("a") + i))
-    inset = axes[0].inset_axes((0.78, 0.52, 0.22, 0.46))
+    inset = axes[0].inset_axes((0.8, HEADROOM, 0.2, 1 - HEADROOM))
     inset.imshow(np.squeeze(chosen[0]), cmap="gray")
     inset.axis("off")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -186,30 +183,33 @@ def _ranked_panel(
         rho = stats.spearmanr(own, reference).statistic
         title = f"({letter}) {network.label}: Spearman's ρ with the teacher {rho:.2f}"
         heading, right = "largest logits (teacher's rank)", 1
-    look = {"ha": "right", "va": "top", "fontsize": 8, "bbox": {"color": "white", "alpha": 0.8, "linewidth": 0}}
-    axis.text(right, 0.98, "\n".join([heading, *lines]), transform=axis.transAxes, **look)
-    axis.set(title=title, xlabel="class, by its rank among the teacher's logits", ylabel="logit")
+    look = {"ha": "right", "va": "top", "fontsize": 7.5}
+    axis.text(right, 0.99, "\n".join([heading, *lines]), transform=axis.transAxes, **look)
+    axis.set(title=textwrap.fill(title, 48), xlabel="class, by its rank among the teacher's logits", ylabel="logit")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw_logit_difference(args: argparse.Namespace) -> Figure:
     """How far each student's logits are from the teacher's, by true class and by logit; one colour scale."""
     dataset, splits = load_images(args)
     images, labels = data.subset(splits.test, _count(args, splits), f"--num_images={args.num_images}", "test images")
-    (teacher,) = predict([args.teacher], images, splits.num_classes, "--teacher")
-    students = predict(args.students, images, splits.num_classes, "--students")
+    (teacher,) = predict([args.teacher], images, splits, "--teacher")
+    students = predict(args.students, images, splits, "--students")
     maps = [logit_difference(student.logits, teacher.logits, labels) for student in students]
-    highest = np.nanquantile(maps, 0.995)  # a few outliers do not take the whole scale
-    figure = Figure(figsize=(1 + 3.4 * len(maps), 4.1), layout="constrained")
-    axes = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
-    names = class_names(dataset, args.data_dir, splits.num_classes)
+    # Neither a few outliers, nor one of many students, take the whole scale.
+    highest = np.median([np.nanquantile(found, 0.995) for found in maps])
+    figure, axes = _panels(len(maps), 3.8, 3.5, sharey=True)
+    names = class_names(splits)
     for axis, student, found in zip(axes, students, maps, strict=True):
         picture = axis.imshow(found, cmap="cividis", vmin=0, vmax=highest or 1, interpolation="nearest")
-        axis.set(title=f"{student.label}: mean {np.nanmean(found):.2f}", xlabel="class of the logit")
+        title = textwrap.fill(f"{student.label}: mean {np.nanmean(found):.2f}", 40)
+        axis.set(title=title, xlabel="class of the logit")
         axis.grid(False)
         if splits.num_classes <= 20:
             axis.set_xticks(range(splits.num_classes), names, rotation=90 if max(map(len, names)) > 2 else 0)
             axis.set_yticks(range(splits.num_classes), names)
-    axes[0].set_ylabel("true class of the image")
+    for axis in axes[:: axes[0].get_gridspec().ncols]:
+        axis.set_ylabel("true class of the image")
     bar = figure.colorbar(picture, ax=axes, shrink=0.8, extend="max" if np.nanmax(maps) > highest else "neither")
     bar.set_label("mean |student's logit - teacher's|")
     _headline(figure, f"{dataset}, {len(images):,} test images: students' logits against those of {teacher.label}")
@@ -244,11 +244,11 @@ def draw_tsne(args: argparse.Namespace) -> Figure:
         )
     if len(classes) > 30:
         raise ValueError(f"--classes: {len(classes)} are too many to be told apart; name 30 at most")
-    networks = predict(args.networks, images, splits.num_classes, "--networks")
+    networks = predict(args.networks, images, splits, "--networks")
     for network in networks:
         if network.embedding is None:
             raise ValueError(f"--networks: {network.label!r} has no embedding; return it in rkd_jax.models.Outputs")
-    names = class_names(dataset, args.data_dir, splits.num_classes)
+    names = class_names(splits)
     figure, axes = _panels(len(networks), 3.4, 3.4)
     for axis, network in zip(axes, networks, strict=True):
         perplexity = min(30, (len(images) - 1) / 3)
@@ -404,8 +404,9 @@ def draw_curves(args: argparse.Namespace) -> Figure:
         look = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i // len(COLORS) % len(LINES)]}
         lines, tests = (load_metrics(folder, kind) for kind in ("train", "test"))
         epochs = [line["epoch"] for line in lines]
-        loss.plot(epochs, [line["loss"] for line in lines], **look, label=label)
-        accuracy.plot(epochs, [line["top1"] for line in lines], **look)
+        one = {"marker": "o"} if len(lines) == 1 else {}  # a line of one point would not be seen
+        loss.plot(epochs, [line["loss"] for line in lines], **look, **one, label=label)
+        accuracy.plot(epochs, [line["top1"] for line in lines], **look, **one)
         top1.plot([line["epoch"] for line in tests], [line["top1"] for line in tests], **look)
         best = max(tests, key=lambda line: line["top1"])  # the first of equals, as training keeps it
         for line, mark, size in ((tests[-1], "o", 6), (best, "*", 12)):

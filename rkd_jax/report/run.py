@@ -4,6 +4,7 @@ Interrupted, the same command goes on where it was. `python -m rkd_jax.report.ta
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -215,7 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if flags.dry_run:
             return
         errors = execute(todo, flags.results, flags.scale, flags.together)
-        print(f"\nThe results are in {flags.results / flags.scale}; python -m rkd_jax.report.tables prints the tables")
+        where = ("--table", *flags.table, "--scale", flags.scale, "--results", str(flags.results))
+        print(f"\nThe results are in {flags.results / flags.scale}; the tables are printed by")
+        print(shlex.join(["python", "-m", "rkd_jax.report.tables", *where]))
     if errors:
         lines = [f"{name}: {error}" for name, error in errors.items()]
         sys.exit("\n".join(["Error: these runs failed; the others are done:", *lines]))
