@@ -324,8 +324,9 @@ def _to_folder(args: argparse.Namespace) -> str:
         "source": path.name,
         "sha256": digest,
     }
-    usual = 64 if metadata["normalisation"] == "tiny_imagenet" else 32
-    metadata["image_size"] = args.image_size or noted.get("image_size", usual)
+    usual = {"cifar100": 32, "pytorch-cifar-models": 32, "tiny_imagenet": 64}.get(metadata["normalisation"])
+    if side := args.image_size or noted.get("image_size", usual):  # of another set's images, the size is not known
+        metadata["image_size"] = side
     metadata |= {"dataset": noted["dataset"]} if "dataset" in noted else {}
     checkpoint.save_network(args.output, variables, metadata)
     count = models.count_parameters(variables["params"])

@@ -18,8 +18,7 @@ from rkd_jax import checkpoint, data, methods, models, optim, steps
 VIEWS = {"weak": ("weak",), "strong": ("strong",), "both": ("weak", "strong")}
 MOST_SEED = 2**32 - 1  # jax.random.key would drop the bits above
 SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_every": 2, "eval_batch_size": 16}
-
-
+# The fields, beside those of methods, that may be None.
 UNSET = ("image_size", "num_train", "num_test", "num_steps", "steps_per_call", "data_seed", "fold_teacher", "stream")
 
 

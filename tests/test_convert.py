@@ -416,8 +416,12 @@ def test_command_takes_the_normalisation(tmp_path, capsys):
     command(capsys, *flags, "--mean", 0.5, 0.4, 0.3, "--std", 0.1, 0.2, 0.3)
     metadata = checkpoint.read_metadata(tmp_path / "folder")
     assert (metadata["mean"], metadata["std"], metadata["num_classes"]) == ([0.5, 0.4, 0.3], [0.1, 0.2, 0.3], 7)
+    assert "image_size" not in metadata  # nobody said it
     command(capsys, *flags, "--dataset", "tiny_imagenet")
-    assert checkpoint.read_metadata(tmp_path / "folder")["mean"] == [0.4802, 0.4481, 0.3975]
+    metadata = checkpoint.read_metadata(tmp_path / "folder")
+    assert (metadata["mean"], metadata["image_size"]) == ([0.4802, 0.4481, 0.3975], 64)
+    command(capsys, *flags, "--dataset", "tiny_imagenet", "--image_size", 48)
+    assert checkpoint.read_metadata(tmp_path / "folder")["image_size"] == 48
 
 
 @pytest.mark.parametrize(
