@@ -30,4 +30,4 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def cache() -> Path:
     """The folder of this package under the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rkd_jax"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "rkd_jax"

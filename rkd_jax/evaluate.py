@@ -108,6 +108,7 @@ def run(
     Of several processes, the first does it.
     """
     _devices.start()
+    processes.meet()
     return processes.in_lead(lambda: _run(config, Path(workdir), changes))
 
 

@@ -173,7 +173,7 @@ def build(config: ConfigDict) -> Experiment:
     fields.at_least("seed", 0, MOST_SEED)
     if fields.data_seed is not None:
         fields.at_least("data_seed", 0, MOST_SEED)
-    fields.pass_over(("stream", "smoke", "compare", "sweep"))
+    _ = fields.stream, fields.smoke, fields.compare, fields.sweep
     fields.check_all_read()
 
     resolved = {name: value for name, value in values.items() if name not in _method_fields(values)}

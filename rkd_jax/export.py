@@ -91,7 +91,6 @@ class Export:
                 "name": "logits",
                 "shape": [self.batch or "batch", self.network.metadata["num_classes"]],
                 "dtype": "float32",
-                "classes": self.network.metadata.get("class_names"),
             },
         }
 
@@ -234,6 +233,7 @@ def run(args: argparse.Namespace) -> None:
     facts["fingerprint"] = metadata.get("fingerprint")
     path = args.output / "network.json"
     files = _described(path, facts)
+    facts["class_names"] = metadata.get("class_names")
     for kind in formats:
         name = FORMATS[kind].file
         files.pop(name, None)
@@ -246,6 +246,7 @@ def _described(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     try:
         there = json.loads(path.read_text())
         files = there.pop("files")
+        there.pop("class_names", None)  # which an older one lacks
     except (FileNotFoundError, ValueError, KeyError):
         return {}
     return files if there == json.loads(json.dumps(facts)) else {}

@@ -95,17 +95,24 @@ def agree_arrays(tree: Any) -> Any:
     return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
 
 
+def meet() -> None:
+    """Waits until all processes are here: the first time that they meet, they wait half a minute for each other."""
+    agree(None)
+
+
 def in_lead(function: Callable[[], Any]) -> Any:
-    """Calls `function` in process 0, and returns its result (plain JSON), or raises its error, in every process."""
-    outcome: dict[str, Any] = {}
+    """Calls `function` in process 0, and returns its result, plain JSON, in all; what it raises, all raise."""
+    if jax.process_count() == 1:
+        return function()
+    outcome, error = {}, None
     if leads():
         try:
             outcome = {"value": function()}
-        except (ValueError, OSError) as error:
-            if jax.process_count() == 1:
-                raise
-            outcome = {"error": str(error)}
+        except Exception as raised:
+            outcome, error = {"error": _said(raised)}, raised
     outcome = agree(outcome)
+    if error is not None:
+        raise error
     if "error" in outcome:
         raise ValueError(outcome["error"])
     return outcome["value"]
@@ -113,20 +120,25 @@ def in_lead(function: Callable[[], Any]) -> Any:
 
 def everywhere(function: Callable[[], Any]) -> Any:
     """Calls `function` in every process, and returns its result; what one of them raises, all raise."""
+    if jax.process_count() == 1:
+        return function()
     result, error = None, None
     try:
         result = function()
-    except (ValueError, OSError) as raised:
-        if jax.process_count() == 1:
-            raise
+    except Exception as raised:
         error = raised
-    if jax.process_count() > 1:
-        said = _gather("" if error is None else str(error))
-        if error is not None:
-            raise error
-        if failed := [f"process {index} (from 0): {text}" for index, text in enumerate(said) if text]:
-            raise ValueError(failed[0])
+    said = _gather("" if error is None else _said(error))
+    if error is not None:
+        raise error
+    if failed := [f"process {index} (from 0): {text}" for index, text in enumerate(said) if text]:
+        raise ValueError(failed[0])
     return result
+
+
+def _said(error: Exception) -> str:
+    """An error in words, for those in whom it was not raised."""
+    foreseen = isinstance(error, ValueError | OSError) and str(error)
+    return foreseen or f"{type(error).__name__}: {error}"
 
 
 def _gather(text: str) -> list[str]:

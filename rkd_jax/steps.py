@@ -198,6 +198,9 @@ def make_train_step(
     """
     split, whole = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     num_views = len(recipe.views)
+    # In the teacher's batch, one device has a view after the other. Where devices share it, an image's views are
+    # neighbours: each device keeps its images, and their maps.
+    view_axis, apart = (0, (num_views, -1)) if mesh.size == 1 else (1, (-1, num_views))
 
     def train_step(states, inputs: Inputs, source):
         if isinstance(source, Batches):
@@ -216,12 +219,11 @@ def make_train_step(
         teachers: list[Any] = [None] * num_views
         resume_teacher = functools.partial(models.resume, teacher, inputs.teacher) if teacher else None
         if any(learner.method.needs_teacher for learner in learners):
-            # An image's views stay neighbours: of a batch that devices share, each keeps its images, and their maps.
-            together = jnp.stack(views, axis=1).reshape(-1, *images.shape[1:])
+            together = jnp.stack(views, view_axis).reshape(-1, *images.shape[1:])
             normalized = augment.normalize(together, *recipe.teacher_normalization)
             outputs = jax.lax.stop_gradient(teacher.apply(inputs.teacher, normalized, train=False))
-            outputs = jax.tree.map(lambda x: x.reshape(-1, num_views, *x.shape[1:]), outputs)
-            teachers = [jax.tree.map(lambda x, i=i: x[:, i], outputs) for i in range(num_views)]
+            outputs = jax.tree.map(lambda x: x.reshape(*apart, *x.shape[1:]).swapaxes(0, view_axis), outputs)
+            teachers = [jax.tree.map(lambda x, i=i: x[i], outputs) for i in range(num_views)]
         views = [augment.normalize(view, *recipe.student_normalization) for view in views]
         batch = {"label": labels, "index": index}
         pairs = [

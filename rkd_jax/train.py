@@ -69,11 +69,11 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
         if any(config.get(field) for config, _ in members):
             raise ValueError(f"config.{field} is several runs, which rkd_jax.runs.run does; unset it here")
     _devices.start()
+    processes.meet()
     runs = processes.everywhere(lambda: [experiment.build(config) for config, _ in members])
-    if jax.process_count() > 1:
-        for run in runs:
-            processes.check_alike(_computed(run))
     folders = [Path(workdir) for _, workdir in members]
+    if jax.process_count() > 1:
+        processes.check_alike(_computed(runs, folders))
     mesh = steps.data_mesh(runs[0].recipe.batch_size)
     _check_shared(runs, folders)
 
@@ -329,15 +329,19 @@ def _finished(workdir: Path) -> dict[str, Any] | None:
     return _files.read_json(path) if path.exists() else None
 
 
-def _computed(run: experiment.Experiment) -> dict[str, Any]:
-    """What makes a run's numbers, by name: the same in all processes, or they would train apart."""
-    digest = hashlib.sha256()
-    for images, labels in (run.splits.train, run.splits.test):
-        digest.update(f"{images.shape}".encode() + np.ascontiguousarray(labels).tobytes())
-        digest.update(np.ascontiguousarray(images[:: len(images) // 64 + 1]).tobytes())
-    facts = {f"config.{name}": value for name, value in run.config.items() if name not in ELSEWHERE}
-    facts["whether the set is streamed (config.stream)"] = feed.streams(run.config["stream"], run.splits.train)
-    return facts | {"the digest of the images of config.dataset": digest.hexdigest()[:16]}
+def _computed(runs: Sequence[experiment.Experiment], folders: Sequence[Path]) -> dict[str, Any]:
+    """What makes the numbers of runs, by name: the same in all processes, or they would train apart."""
+    facts: dict[str, Any] = {"the number of runs": len(runs)}
+    for run, folder in zip(runs, folders, strict=True):
+        digest = hashlib.sha256()
+        for images, labels in (run.splits.train, run.splits.test):
+            digest.update(f"{images.shape}".encode() + np.ascontiguousarray(labels).tobytes())
+            digest.update(np.ascontiguousarray(images[:: len(images) // 64 + 1]).tobytes())
+        found = {f"config.{name}": value for name, value in run.config.items() if name not in ELSEWHERE}
+        found["whether the set is streamed (config.stream)"] = feed.streams(run.config["stream"], run.splits.train)
+        found["the digest of the images of config.dataset"] = digest.hexdigest()[:16]
+        facts |= {f"{folder.name}: {name}" if len(runs) > 1 else name: value for name, value in found.items()}
+    return facts
 
 
 def _check_shared(runs: Sequence[experiment.Experiment], folders: Sequence[Path]) -> None:

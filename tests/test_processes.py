@@ -104,15 +104,22 @@ def test_the_first_of_two_processes_evaluates(slow, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "error"),
     [
-        ({"teacher_checkpoint": ""}, "FileNotFoundError: config.teacher_checkpoint is not set"),
-        ({"seed": 1}, "ValueError: config.seed is 1 here and 0 in process 0; give all processes the same"),
+        ({"teacher_checkpoint": ""}, "config.teacher_checkpoint is not set"),
+        ({"seed": 1}, "config.seed is 1 here and 0 in process 0; give all processes the same"),
+        ({"sweep": "seed=0,1"}, "the number of runs is 2 here and 1 in process 0; give all processes the"),
+        ({"student": "raising_network:create"}, "KeyError: 'no such layer'"),
     ],
 )
-def test_processes_that_would_train_apart_are_told(slow, tmp_path, fields, error):
+def test_processes_that_would_train_apart_are_told(slow, tmp_path, monkeypatch, fields, error):
+    (tmp_path / "raising_network.py").write_text("def create(num_classes):\n    raise KeyError('no such layer')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     where = f"localhost:{free_port()},{{}},2"
     started = [start(slow(**fields) if i else slow(), tmp_path / "run", where=where.format(i)) for i in range(2)]
     first, second = (process.communicate(timeout=300)[1] for process in started)
-    assert f"ValueError: process 1 (from 0): {error.partition(': ')[2]}" in first
+    assert (
+        f"ValueError: process 1 (from 0): {error.removeprefix('ValueError: ').removeprefix('FileNotFoundError: ')}"
+        in first
+    )
     assert error in second
     assert not (tmp_path / "run").exists()
 

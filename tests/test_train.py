@@ -370,15 +370,19 @@ def test_memory_that_does_not_suffice_for_the_state(tiny, tmp_path, monkeypatch)
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_what_the_numbers_come_from_is_told_apart(tiny):
+def test_what_the_numbers_come_from_is_told_apart(tiny, tmp_path):
     run = experiment.build(tiny())
-    facts = train._computed(run)
-    assert facts == train._computed(experiment.build(tiny(teacher_checkpoint=run.config["teacher_checkpoint"] + "/")))
+    facts = train._computed([run], [tmp_path])
+    same = experiment.build(tiny(teacher_checkpoint=run.config["teacher_checkpoint"] + "/"))
+    assert facts == train._computed([same], [tmp_path])
     labels = run.splits.train.labels.copy()
     labels[3] += 1
     other = run._replace(splits=run.splits._replace(train=run.splits.train._replace(labels=labels)))
-    (changed,) = (name for name, value in train._computed(other).items() if facts[name] != value)
+    (changed,) = (name for name, value in train._computed([other], [tmp_path]).items() if facts[name] != value)
     assert changed == "the digest of the images of config.dataset"
+    both = train._computed([run, other], [tmp_path / "a", tmp_path / "b"])
+    assert both["the number of runs"] == 2
+    assert both[f"a: {changed}"] != both[f"b: {changed}"]
 
 
 def test_teacher_that_is_not_there(tiny, tmp_path):

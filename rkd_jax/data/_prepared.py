@@ -121,8 +121,9 @@ def _read(cache: Path, name: str, source: Path | None, image_size: int | None) -
         ]
         if image_size and splits[0].images.shape[1:3] != (image_size, image_size):
             return None
-        names = tuple(meta.get("class_names", ())) or (_class_names(source) if source else ())
-        return Splits(*splits, meta["num_classes"], tuple(meta["mean"]), tuple(meta["std"]), names)
+        num_classes = meta["num_classes"]
+        names = tuple(meta.get("class_names", ())) or (_class_names(source, num_classes) if source else ())
+        return Splits(*splits, num_classes, tuple(meta["mean"]), tuple(meta["std"]), names)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -225,16 +226,17 @@ def _decode(name: str, source: Path, image_size: int | None) -> Splits:
             if split in builder.info.splits:
                 test = read(split)
                 if (test.labels >= 0).all():  # a test split whose labels are secret says -1
-                    return Splits(train, test, num_classes, *moments(train.images), _class_names(source))
+                    return Splits(train, test, num_classes, *moments(train.images), _class_names(source, num_classes))
     train, test = hold_out(train)
-    return Splits(train, test, num_classes, *moments(train.images), _class_names(source))
+    return Splits(train, test, num_classes, *moments(train.images), _class_names(source, num_classes))
 
 
-def _class_names(source: Path) -> tuple[str, ...]:
+def _class_names(source: Path, num_classes: int) -> tuple[str, ...]:
     """The names of a prepared set's classes, where it has them."""
     found = sorted(source.glob("*.labels.txt"))
     chosen = [path for path in found if path.name == "label.labels.txt"] or found
-    return tuple(chosen[0].read_text().splitlines()) if len(chosen) == 1 else ()
+    names = tuple(chosen[0].read_text().removesuffix("\n").split("\n")) if len(chosen) == 1 else ()
+    return names if len(names) == num_classes else ()
 
 
 def _features(name: str, features: Any, image_size: int | None) -> tuple[str, str, int, tuple[int, int, int]]:
