@@ -155,6 +155,25 @@ def test_cutout_is_pils(kind):
     np.testing.assert_array_equal(found[0], batch[0])  # a side of 0 cuts nothing
 
 
+def test_ranges_are_those_of_the_recipe():
+    factors, geometry = (0.05, 0.95), (-0.3, 0.3)
+    expected = dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), factors)
+    expected |= dict.fromkeys(("ShearX", "ShearY", "TranslateX", "TranslateY"), geometry)
+    expected |= {"Posterize": (4, 8), "Rotate": (-30, 30), "Solarize": (0, 256)}
+    assert expected == augment.RANGES
+    assert (augment.CUTOUT_SIDE, augment.CUTOUT_FILL) == (0.5, (125, 123, 114))
+
+
+def test_grey_is_pils_where_it_is_about_to_round():
+    red, green = np.meshgrid(np.arange(256), np.arange(256))
+    sums = 19595 * red[..., None] + 38470 * green[..., None] + 7471 * np.arange(256)
+    green, red, blue = np.nonzero(np.abs(sums % 65536 - 0x8000) <= 1)
+    pixels = np.stack([red, green, blue], axis=-1).astype(np.uint8)[:, None]
+    assert len(pixels) > 100
+    found = augment.to_grey(jnp.asarray(pixels.transpose(2, 0, 1)[None]))
+    np.testing.assert_array_equal(found[0, 0], np.asarray(Image.fromarray(pixels).convert("L")))
+
+
 def test_magnitudes_fill_their_ranges():
     table = augment.magnitudes()
     for name, (low, high) in augment.RANGES.items():

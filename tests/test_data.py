@@ -379,6 +379,7 @@ def test_real_cifar100():
     mean, std = base.moments(splits.train.images)
     np.testing.assert_allclose(mean, (0.50708, 0.48655, 0.44092), atol=1e-5)
     np.testing.assert_allclose(mean, splits.mean, atol=2e-4)
+    assert splits.class_names[:2] == ("apple", "aquarium_fish")  # not those of the 20 coarse classes
     np.testing.assert_allclose(std, splits.std, atol=2e-4)
     started = time.perf_counter()
     data.load("cifar100", str(SHARED / "tfds"))
@@ -413,6 +414,29 @@ def test_real_tiny_imagenet():
 
 
 # Any set of TFDS, and folders.
+
+
+def test_class_names_are_the_labels(tmp_path):
+    def named(**files):
+        for name, text in files.items():
+            (tmp_path / f"{name}.labels.txt").write_text(text)
+        return _prepared._class_names(tmp_path, 2)
+
+    assert named() == ()
+    assert named(kind="a b\x85c\nd\n") == ("a b\x85c", "d")
+    assert named(coarse="x\ny\n") == ()  # which of the two is not said
+    assert named(label="e\nf\n") == ("e", "f")
+    assert named(label="e\nf\ng\n") == ()
+
+
+def test_tfds_without_a_training_split_is_named(tmp_path):
+    def features(f):
+        return f.FeaturesDict({"image": f.Image(shape=(8, 8, 1)), "label": f.ClassLabel(num_classes=2)})
+
+    examples = [{"image": io.BytesIO(encode(np.zeros((8, 8), np.uint8))), "label": 0}]
+    tfds_set(tmp_path, "TestSet", features, {"test": examples})
+    with pytest.raises(ValueError, match=r"config.dataset='tfds:test_set' has no split 'train', only test"):
+        data.load("tfds:test_set", str(tmp_path))
 
 
 def tfds_set(root, name, features, splits):

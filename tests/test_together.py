@@ -189,7 +189,8 @@ def test_one_that_diverges_does_not_stop_the_others(tiny, tmp_path, capsys):
     assert records(tmp_path / "sweep" / "learning_rate=0.01") == records(tmp_path / "alone")
     assert not records(tmp_path / "sweep" / "learning_rate=1e30")
     rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rows"]
-    assert ["last" in row for row in rows] == [True, False]
+    assert [row.get("diverged") for row in rows] == [None, True]
+    assert "last" in rows[0]
 
 
 @pytest.mark.parametrize(
