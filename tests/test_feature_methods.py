@@ -457,6 +457,16 @@ def test_crds_banks_are_running_averages_and_its_partition_stays():
     np.testing.assert_array_equal(state["label"], [5, 0, 3, -1, -1, 3, -1, 0, 5])
 
 
+def test_crds_banks_begin_as_the_released_codes():
+    state = methods.create("crd", embedding_dim=48).init(jax.random.key(0), shapes(S), shapes(T), 1000)[1]
+    banks = [state[side]["bank"] for side in ("student", "teacher")]
+    for bank in banks:  # uniform in +- 1 / sqrt(48 / 3)
+        assert bank.shape == (1000, 48)
+        assert 0.2499 < jnp.abs(bank).max() <= 0.25
+        assert abs(bank.mean()) < 0.003
+    assert (banks[0] != banks[1]).any()
+
+
 def test_crds_negatives_are_of_other_classes_and_as_many_as_asked_for():
     count, classes, asked = 3000, 10, 700
     label = np.arange(count) % classes

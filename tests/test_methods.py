@@ -53,6 +53,7 @@ VARIANTS = [
     ("ctkd", {"standardize": True}),
     ("dkd", {"standardize": True, "temperature": 2.0}),
     ("rld", {"standardize": True}),
+    ("rld", {"confidence_temperature": 2.5}),
     ("sortkd", {"standardize": True}),
     ("ttm", {"weighted": True}),
     ("mlkd", {"intended": True}),
