@@ -127,8 +127,8 @@ def load_network(
             + (f" ({metadata['dataset']})" if metadata.get("dataset") else "")
             + f", config.dataset has {num_classes}; name its data set, or a network of this one"
         )
-    theirs = metadata.get("class_names") or class_names
-    for label, (there, here) in enumerate(zip(theirs, class_names or theirs, strict=True)):
+    both = zip(metadata.get("class_names", ()), class_names, strict=False)  # none, where one side does not know them
+    for label, (there, here) in enumerate(both):
         if there != here:
             raise ValueError(
                 f"{field}={str(path)!r} was trained on other classes than config.dataset has: {label} is {there!r} "

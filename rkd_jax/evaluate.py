@@ -1,7 +1,7 @@
 """Restores networks from disk and reports their accuracy."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,10 +44,12 @@ def restore(
 
 def load_splits(dataset: str, data_dir: str, side: int | None) -> data.Splits:
     """A data set by name; of one whose images can be had in any size, those of the side that a network takes."""
-    splits = data.load(dataset, data_dir)
-    if side is None or side == splits.test.images.shape[1] or ":" not in dataset:
-        return splits
-    return data.load(dataset, data_dir, image_size=side)
+    return _in_size(lambda size: data.load(dataset, data_dir, image_size=size), dataset, side)
+
+
+def _in_size(load: Callable[[int | None], data.Splits], dataset: str, side: int | None) -> data.Splits:
+    splits = load(None)
+    return splits if side in (None, splits.test.images.shape[1]) or ":" not in dataset else load(side)
 
 
 def evaluate(config: ConfigDict, path: str | os.PathLike, field: str = "--workdir") -> dict[str, Any]:
@@ -60,10 +62,12 @@ def evaluate(config: ConfigDict, path: str | os.PathLike, field: str = "--workdi
     """
     values = experiment.shrink(config)
     fields = experiment.Fields(values)
-    splits = experiment.load_splits(fields)
     side = checkpoint.read_metadata(path, field).get("image_size")
-    if fields.image_size is None and ":" in fields.dataset and side not in (None, splits.test.images.shape[1]):
-        splits = experiment.load_splits(experiment.Fields({**values, "image_size": side}))
+
+    def load(size: int | None) -> data.Splits:
+        return experiment.load_splits(experiment.Fields({**values, "image_size": size}))
+
+    splits = _in_size(load, fields.dataset, side) if fields.image_size is None else load(fields.image_size)
     network, variables, normalization, metadata = restore(path, splits.test.images.shape[1:], splits, field)
     eval_step = steps.make_eval_step(network, normalization, steps.local_mesh())
     result = steps.evaluate(eval_step, variables, *splits.test, fields.at_least("eval_batch_size", 1))

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -35,8 +35,8 @@ OWN = (
     "student", "method", "seed", "data_seed", "view_reduction", "learning_rate", "schedule", "decay_epochs",
     "decay_factor", "lr_warmup_epochs", "optimizer", "momentum", "nesterov", "weight_decay",
 )  # fmt: skip
-ASK_EVERY = 50  # steps, at most, until processes ask each other whether one was told to stop
 TEACHER = ("teacher", "teacher_checkpoint", "teacher_fingerprint", "fold_teacher")
+ASK_EVERY = 50  # steps, at most, until processes ask each other whether one was told to stop
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -130,9 +130,10 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
     else:
         source = feed.resident(plan, data_rng, spe, split, mesh)
 
-    eval_steps: dict[str, Any] = {}  # by network: one program for all students that have it
+    # By network: one program for all students that have it.
+    eval_steps = {student.run.config["student"]: _eval_step(student.run, mesh) for student in students}
     for student in students:
-        student.open(start, mesh, eval_steps)
+        student.open(start, eval_steps[student.run.config["student"]])
     clock, saved = Clock(max(student.progress["seconds"] for student in students)), time.monotonic()
     compiled: set[int] = set()  # counts of steps a call that there is a program for
     with _signals() as received, contextlib.closing(source):
@@ -184,6 +185,12 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
             student.finish(together=len(students))
 
 
+def _eval_step(run: experiment.Experiment, mesh: Mesh) -> Callable[..., Any]:
+    """In float32, whatever config.dtype is, as `rkd_jax.evaluate` and exports have it."""
+    network = models.create(run.config["student"], run.splits.num_classes, image_size=run.splits.test.images.shape[1])
+    return steps.make_eval_step(network, run.recipe.student_normalization, mesh)
+
+
 class Student:
     """One student's run on disk: its folder, its checkpoints, its numbers."""
 
@@ -216,13 +223,9 @@ class Student:
         """The sums of the metrics since the last log."""
         return {name: np.float32(value) for name, value in self.progress["totals"].items()}
 
-    def open(self, start: int, mesh: Mesh, eval_steps: dict[str, Any]) -> None:
-        """Ready to write: what was written beyond step `start` is dropped. Evaluation steps are shared, by network."""
-        name, splits = self.run.config["student"], self.run.splits
-        if name not in eval_steps:  # in float32, whatever config.dtype is, as `rkd_jax.evaluate` and exports have it
-            network = models.create(name, splits.num_classes, image_size=splits.test.images.shape[1])
-            eval_steps[name] = steps.make_eval_step(network, self.run.recipe.student_normalization, mesh)
-        self._eval_step = eval_steps[name]
+    def open(self, start: int, eval_step: Callable[..., Any]) -> None:
+        """Ready to test, and to write: what was written beyond step `start` is dropped."""
+        self._eval_step = eval_step
         if not self._checkpoints:
             return
         self._checkpoints.drop_after(start)

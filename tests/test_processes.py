@@ -143,6 +143,40 @@ def test_batch_that_does_not_divide_among_the_devices(slow, tmp_path):
     assert not (tmp_path / "odd").exists()
 
 
+SHARED = """
+import sys
+sys.path.insert(0, {root!r})
+import jax
+from ml_collections import ConfigDict
+from rkd_jax import experiment, steps
+run = experiment.build(ConfigDict({config!r}))
+mesh, split = steps.data_mesh(16), run.splits.train
+state = steps.run_once(run.create_state, jax.random.key(0))
+step = steps.make_train_step([run.learner], run.teacher, run.recipe, mesh)
+inputs = steps.Inputs(jax.random.key(0), (jax.random.key(0),), *split, run.teacher_variables)
+print(step.lower((state,), inputs, steps.epoch_order(jax.random.key(0), 0, 64), 1).compile().as_text())
+print("EVALUATION")
+test = steps.make_eval_step(run.student, run.recipe.student_normalization, mesh)
+variables = {{"params": state.params["student"], "batch_stats": state.batch_stats}}
+print(test.lower(variables, split.images[:33], split.labels[:33]).compile().as_text())
+"""
+
+
+def test_devices_keep_their_images_and_maps(two_stages):
+    config = two_stages(method="at", views="both", batch_size=16)
+    script = SHARED.format(root=str(ROOT), config=config.to_dict())
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": f"{FAST_FLAGS} --xla_force_host_platform_device_count=2"},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    train_step, evaluation = ran.stdout.split("EVALUATION")
+    exchanged = set(re.findall(r" (all-[a-z]+|collective-permute|reduce-scatter)(?:-start)?\(", train_step))
+    assert exchanged == {"all-reduce"}  # of gradients, statistics and metrics
+    assert "[17,8,8,8]" in evaluation  # 33 images, padded to 34
+    assert "[34,8,8,8]" not in evaluation
+
+
 def test_checkpoint_goes_on_with_other_devices(slow, tmp_path):
     """And two devices give the losses of one."""
     runs.distil(slow(eval_batch_size=33), tmp_path / "whole")

@@ -23,8 +23,9 @@ def load(path: str, image_size: int | None = None) -> Splits:
     root = Path(path).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"config.dataset='folder:{path}' is no folder; it should hold one sub-folder a class")
-    parts = _parts(root)
-    if len(parts) == 1 and not _held_out(root) and (root / "train").is_dir() and _classes(root / "train"):
+    held_out = next((root / name for name in HELD_OUT if (root / name).is_dir()), None)
+    parts = [root / "train", held_out] if held_out and (root / "train").is_dir() else [root]
+    if not held_out and (root / "train").is_dir() and _classes(root / "train"):
         others = ", ".join(f"{name}/" for name in HELD_OUT[1:])
         raise ValueError(
             f"config.dataset='folder:{path}': {root / 'train'} holds folders, and there is no test/ beside it (nor "
@@ -37,18 +38,8 @@ def load(path: str, image_size: int | None = None) -> Splits:
         Split(np.stack([_read(file, shape) for file, _ in part]), np.array([label for _, label in part], np.int32))
         for part in files
     ]
-    train, test = splits if len(splits) == 2 else _prepared.hold_out(splits[0])
+    train, test = splits if held_out and len(splits) == 2 else _prepared.hold_out(splits[0])
     return Splits(train, test, len(classes), *moments(train.images), tuple(classes))
-
-
-def _parts(root: Path) -> list[Path]:
-    """The folders of training and test images, or the one folder that has both."""
-    held_out = _held_out(root)
-    return [root / "train", held_out] if held_out and (root / "train").is_dir() else [root]
-
-
-def _held_out(root: Path) -> Path | None:
-    return next((root / name for name in HELD_OUT if (root / name).is_dir()), None)
 
 
 def _classes(folder: Path) -> list[str]:

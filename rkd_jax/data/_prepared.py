@@ -14,7 +14,6 @@ import importlib.machinery
 import importlib.util
 import json
 import os
-import re
 import shutil
 import sys
 import tempfile
@@ -83,7 +82,7 @@ def _newest(parent: Path, version: str) -> Path | None:
 
 def _version(path: Path) -> list[int]:
     """What versions are sorted by: 10.0.0 is newer than 9.0.0."""
-    return [int(number) for number in re.findall(r"\d+", path.name.partition("-")[0])]
+    return [int(part) for part in path.name.partition("-")[0].split(".") if part.isdigit()]
 
 
 def _caches(root: Path, name: str, source: Path | None, version: str, image_size: int | None) -> list[Path]:
