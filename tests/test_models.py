@@ -13,9 +13,9 @@ from conftest import FAST_COMPILE
 from flax import traverse_util
 from jax.test_util import check_grads
 
-from rkd_jax import checkpoint, convert, experiment, models
+from rkd_jax import checkpoint, convert, experiment, models, steps
 from rkd_jax.models import __main__ as table
-from rkd_jax.models import layers
+from rkd_jax.models import _conv, layers
 from rkd_jax.report import figures
 
 try:
@@ -241,6 +241,27 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32():
     convolutions = re.findall(r"(\w+)\[[\d,]+\] = (?:rkd_conv|conv_general_dilated)\b", program)
     assert len(convolutions) == 9
     assert set(convolutions) == {"bf16"}
+
+
+@pytest.mark.parametrize(("name", "side"), [("resnet8", 32), ("MobileNetV2", 32), ("MobileNetV2", 64)])
+def test_logits_have_every_digit_on_any_device(name, side):
+    """A GPU's TF32 and a TPU's bfloat16 are asked away, forward and backward; of the convolutions only in tests."""
+    model, images = models.create(name, 10, image_size=side), np.zeros((2, side, side, 3), np.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def logits(params, stats):
+        outputs = model.apply({"params": params, "batch_stats": stats}, images)
+        return outputs.logits.sum() + outputs.class_maps.sum()
+
+    gradient = jax.make_jaxpr(jax.grad(logits))
+    test = jax.make_jaxpr(steps.make_eval_step(model, steps.Normalization((0.5,) * 3, (0.5,) * 3)))
+    with _conv.xla_alone():  # as on a GPU
+        training = str(gradient(variables["params"], variables["batch_stats"]))
+        testing = str(test(variables, np.zeros(images.shape, np.uint8), np.zeros(2, np.int32)))
+    assert training.count("precision=(Precision.HIGHEST") == 6  # logits and class maps, and both gradients of each
+    assert "precision=None" in training
+    assert "precision=(Precision.HIGHEST" in testing
+    assert "precision=None" not in testing
 
 
 def test_running_variance_is_unbiased_as_pytorch_has_it():

@@ -14,7 +14,8 @@ but in its stem; `teacher_in_training` off has its running averages there.
 
 The authors' values for resnet56 > resnet20, vgg13 > vgg8, wrn_40_2 > wrn_16_2 and resnet32x4 > ShuffleV2 are here. The
 others of Tables 1 and 2 have vgg13 > vgg8's, which may not be theirs: the files with them are not to be had. Theirs is
-SGD with Nesterov's momentum, here config.nesterov.
+SGD with Nesterov's momentum, here config.nesterov, and passes over the connectors of paths that were not drawn, which
+here have a gradient of 0: weight decay and momentum go on.
 """
 
 import dataclasses

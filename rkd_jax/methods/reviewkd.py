@@ -7,7 +7,7 @@ The levels are the stages and the embedding, a map of one position. From the dee
 to the embedding's channels (at most 512), mixes in what came from the level below by two maps of attention, and from
 this makes a map of the teacher's size. The student's maps are as it hands them on, the teacher's before their
 activation. Averages to no fewer cells than a map has are left out. The epochs count from 1, as in mdistiller. beta is
-the authors' but for vgg8 and MobileNetV2, for which they publish none.
+the authors', who had batches of 128 and Nesterov's momentum, but for vgg8 and MobileNetV2, for which they publish none.
 """
 
 import dataclasses

@@ -4,7 +4,8 @@ L = CE(s, y) + beta * w * KL(p_t^power / sum p_t^power || p_s), p = softmax at t
 `weighted` (WTTM), the example's sum p_t^power
 
 The teacher's temperature is 1 / power, the student's 1, and there is no T^2. WTTM's weights are not normalised: 26 to
-39 for 100 classes at power 0.1, so it needs a smaller beta of its own. beta = 45 is the authors' for vgg13 > vgg8.
+39 for 100 classes at power 0.1, so it needs a smaller beta of its own. beta = 45 is the authors' for vgg13 > vgg8, the
+one pair whose command they publish. Their paper lists power and beta of every pair (appendix A.4); those are not here.
 """
 
 import dataclasses

@@ -166,8 +166,9 @@ def head(x: jax.Array, num_classes: int, name: str, std: float | None = None) ->
     classifier = nn.Dense(num_classes, kernel_init=kernel_init, bias_init=bias_init, name=name)
     x = Cut(LAST)(full_precision(x))
     embedding = x.mean((1, 2))
-    logits, weights = classifier(embedding), classifier.variables["params"]
-    return logits, embedding, x @ weights["kernel"] + weights["bias"], x
+    with jax.default_matmul_precision("highest"):  # not TF32's on a GPU, nor bfloat16's on a TPU
+        logits, weights = classifier(embedding), classifier.variables["params"]
+        return logits, embedding, x @ weights["kernel"] + weights["bias"], x
 
 
 def shuffle(x: jax.Array, groups: int) -> jax.Array:

@@ -123,16 +123,17 @@ class MobileNetV2At64(nn.Module):
         x = Cut(layers.LAST)(layers.full_precision(nn.relu6(last)))
         embedding = x.mean((1, 2))
         bias_init = layers.torch_default_bias(1280)
-        logits = layers.conv(
-            embedding[:, None, None],
-            self.num_classes,
-            "conv2",
-            kernel=1,
-            init=layers.torch_default,
-            bias_init=bias_init,
-        )
-        classifier = self.variables["params"]["conv2"]
-        class_maps = x @ classifier["kernel"][0, 0] + classifier["bias"]
+        with jax.default_matmul_precision("highest"):  # as in layers.head
+            logits = layers.conv(
+                embedding[:, None, None],
+                self.num_classes,
+                "conv2",
+                kernel=1,
+                init=layers.torch_default,
+                bias_init=bias_init,
+            )
+            classifier = self.variables["params"]["conv2"]
+            class_maps = x @ classifier["kernel"][0, 0] + classifier["bias"]
         preactivations.append(last)
         cuts = Cuts(preactivations, activated=False)
         return Outputs.of(logits[:, 0, 0], [*features, x], embedding, preactivations, class_maps, x, cuts)

@@ -2,7 +2,8 @@
 
 Every number here is the paper's, none is ours. A row names the cell of ours that stands beside it (see `cells`), or
 none where the method is not in this project; "-" is a number that the paper does not give. The numbers beside NORM are
-those of its authors for NORM+KD, whose weight of KD they do not give: 1 is ours.
+those of its authors for NORM+KD, whose weight of KD they do not give: 1 is ours. Those beside TTM are its authors' for
+TTM in Table 1, and in Table 2 those for its weighted form, WTTM; ours are TTM in both.
 """
 
 from typing import NamedTuple
