@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, mend: str = "remove it, and the same command makes it again") -> dict[str, Any]:
     """A file of a run; ValueError, with the mend, where it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from error
+        raise ValueError(f"{path} is damaged ({error}); {mend}") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -25,7 +25,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSON lines file, [] where there is none; a last one that was cut short is left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        if line.endswith("\n"):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}, is damaged ({error}); remove that line") from error
+    return found
 
 
 def cache() -> Path:

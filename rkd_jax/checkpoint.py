@@ -191,6 +191,14 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def _forms(tree: Any) -> dict[str, str]:
+    """Type and shape of each array of a tree, by its name: "params/student/conv1/kernel"."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 def _checksum(tree: Any) -> int:
     value = 0
     for leaf in jax.tree.leaves(tree):
@@ -238,10 +246,12 @@ class Checkpoints:
     def restore(self, template: Any, step: int) -> tuple[Any, dict[str, Any]] | None:
         """The state of a step, as host arrays, and its progress.
 
-        None where it is damaged; it is then named in the log, and set aside as damaged-STEP.
+        None where it is damaged; it is then named in the log, and set aside as damaged-STEP. ValueError where it is
+        whole, but of other arrays than `template`.
         """
         _hush()
         template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
+        self._check_form(template, step)
         arguments = ocp.checkpoint_utils.construct_restore_args(template)
         parts = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(template, restore_args=arguments), record=ocp.args.JsonRestore()
@@ -259,6 +269,18 @@ class Checkpoints:
             )
             self._set_aside(step)
             return None
+
+    def _check_form(self, template: Any, step: int) -> None:
+        try:
+            there, here = map(_forms, (self._manager.item_metadata(step)["state"].tree, template))
+        except Exception:  # it is damaged, as reading it will tell
+            return
+        for name in {**here, **there}:
+            if (pair := tuple(side.get(name, "nothing") for side in (there, here)))[0] != pair[1]:
+                raise ValueError(
+                    f"{self._folder / str(step)} has {name} as {pair[0]}, where it is {pair[1]} now: the code of the "
+                    "method, the student or the optimizer is not what it was. Undo that, or name another --workdir"
+                )
 
     def drop_after(self, step: int) -> None:
         """Deletes the states of later steps: the run goes on from this one."""

@@ -1,11 +1,13 @@
 """Restores networks from disk and reports their accuracy."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
@@ -13,8 +15,12 @@ from rkd_jax import _devices, _files, checkpoint, data, experiment, models, proc
 from rkd_jax.data import augment
 
 
-class Restored(NamedTuple):
-    """A network from disk: called with uint8 images [B, H, W, K], it returns its `models.Outputs` of them."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Restored:
+    """A network from disk: called with uint8 images [B, H, W, K], it returns its `models.Outputs` of them.
+
+    ValueError for images of another type: those of floats in 0..1 would be scaled twice.
+    """
 
     network: nn.Module
     variables: Any
@@ -22,7 +28,9 @@ class Restored(NamedTuple):
     metadata: dict[str, Any]
 
     def __call__(self, images: jax.Array) -> models.Outputs:
-        """Normalises and applies."""
+        """Normalises and applies; `jax.jit` takes it as it is."""
+        if images.dtype != np.uint8:
+            raise ValueError(f"images are {images.dtype}; give uint8 from 0 to 255, as they come from a file")
         return self.network.apply(self.variables, augment.normalize(images, *self.normalization), train=False)
 
 
@@ -68,13 +76,13 @@ def evaluate(config: ConfigDict, path: str | os.PathLike, field: str = "--workdi
         return experiment.load_splits(experiment.Fields({**values, "image_size": size}))
 
     splits = _in_size(load, fields.dataset, side) if fields.image_size is None else load(fields.image_size)
-    network, variables, normalization, metadata = restore(path, splits.test.images.shape[1:], splits, field)
-    eval_step = steps.make_eval_step(network, normalization, steps.local_mesh())
-    result = steps.evaluate(eval_step, variables, *splits.test, fields.at_least("eval_batch_size", 1))
+    found = restore(path, splits.test.images.shape[1:], splits, field)
+    eval_step = steps.make_eval_step(found.network, found.normalization, steps.local_mesh())
+    result = steps.evaluate(eval_step, found.variables, *splits.test, fields.at_least("eval_batch_size", 1))
     return {
-        "network": metadata["network"],
-        "parameters": models.count_parameters(variables["params"]),
-        "step": metadata.get("step"),
+        "network": found.metadata["network"],
+        "parameters": models.count_parameters(found.variables["params"]),
+        "step": found.metadata.get("step"),
         **result,
         "images": len(splits.test.labels),
     }
@@ -89,7 +97,7 @@ def recorded(path: Path, config: ConfigDict, changes: Mapping[str, Any]) -> Conf
     if "dataset" in changes:
         return config
     if path.name in ("best", "last") and (file := path.parent / "config.json").is_file():
-        return ConfigDict({**_files.read_json(file), **changes})
+        return ConfigDict({**_files.read_json(file, train.PUT_BACK), **changes})
     metadata = checkpoint.read_metadata(path, "--workdir")
     dataset = metadata.get("dataset", "")
     if not dataset:

@@ -1,6 +1,7 @@
 """From a config to everything that a run is made of: where bad input is found, before anything is spent on it."""
 
 import difflib
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
@@ -20,6 +21,13 @@ MOST_SEED = 2**32 - 1  # jax.random.key would drop the bits above
 SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_every": 2, "eval_batch_size": 16}
 # The fields, beside those of methods, that may be None.
 UNSET = ("image_size", "num_train", "num_test", "num_steps", "steps_per_call", "data_seed", "fold_teacher", "stream")
+
+
+FALLS = ("decay_epochs", "decay_factor")
+# What the fields that an optimizer or a schedule may not use are, so that they do nothing.
+NEUTRAL = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "decay_epochs": (), "decay_factor": 1.0}
+# What a run's config.json has beside the fields, so that it is not gone on with from something else.
+FINGERPRINTS = {"teacher_fingerprint": "another network as its teacher", "data_fingerprint": "other images"}
 
 
 class Loop(NamedTuple):
@@ -81,6 +89,10 @@ class Fields:
         self._read.add(name)
         return self._config[name]
 
+    def fill(self, values: Mapping[str, Any]) -> None:
+        """Gives values to fields that are None."""
+        self._config |= {name: value for name, value in values.items() if self._config.get(name, value) is None}
+
     def pass_over(self, names: Iterable[str]) -> None:
         """Counts fields as read, which someone else has done."""
         self._read.update(names)
@@ -126,7 +138,8 @@ def build(config: ConfigDict) -> Experiment:
     batch_size = fields.at_least("batch_size", 1)
 
     splits = load_splits(fields)
-    num_train = len(splits.train.labels)
+    if not (num_train := len(splits.train.labels)):
+        raise ValueError(f"config.dataset={fields.dataset!r} has no training images, but test/ alone; add train/")
     if batch_size > num_train:
         raise ValueError(
             f"config.batch_size={batch_size} exceeds the {num_train} training examples of {fields.dataset}; lower it "
@@ -174,15 +187,33 @@ def build(config: ConfigDict) -> Experiment:
     if fields.data_seed is not None:
         fields.at_least("data_seed", 0, MOST_SEED)
     _ = fields.stream, fields.smoke, fields.compare, fields.sweep
+    prints = {"teacher_fingerprint": metadata.get("fingerprint", "")}
+    if ":" in fields.dataset:  # a set of the user's own, which may change
+        prints["data_fingerprint"] = data_fingerprint(splits)
+    fields.pass_over(FINGERPRINTS)
     fields.check_all_read()
+    for name, found in prints.items():
+        if values.get(name, found) != found and not fields.smoke:
+            raise ValueError(
+                f"config.{name}={values[name]!r} is of a run with {FINGERPRINTS[name]} than now, {found!r}; bring back "
+                "those, or leave the field out"
+            )
 
     resolved = {name: value for name, value in values.items() if name not in _method_fields(values)}
-    resolved |= dict.fromkeys(unused) | methods.hyperparameters(method)
-    resolved["teacher_fingerprint"] = metadata.get("fingerprint", "")
+    resolved |= dict.fromkeys(unused) | methods.hyperparameters(method) | prints
     resolved = json.loads(json.dumps(resolved))
     return Experiment(
         resolved, splits, student, teacher, teacher_variables, method, recipe, loop, schedule, method.wrap_optimizer(tx)
     )
+
+
+def data_fingerprint(splits: data.Splits) -> str:
+    """Of all labels and some sixty images of each split, in hexadecimal."""
+    digest = hashlib.sha256()
+    for images, labels in (splits.train, splits.test):
+        digest.update(f"{images.shape}".encode() + np.ascontiguousarray(labels).tobytes())
+        digest.update(np.ascontiguousarray(images[:: len(images) // 64 + 1]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def rehearse(config: ConfigDict) -> None:
@@ -196,9 +227,12 @@ def _optimization(
     fields: Fields, num_steps: int, steps_per_epoch: int
 ) -> tuple[optax.Schedule, optax.GradientTransformation, set[str]]:
     """The schedule, the optimizer, and the fields about them that these two do not use."""
+    name, optimizer = fields.one_of("schedule", optim.SCHEDULES), fields.optimizer
+    used = {*optim.taken(optimizer), *(FALLS if name == "step" else ())}
+    unused = {field: value for field, value in NEUTRAL.items() if field not in used}
+    fields.fill(unused)  # which are None in a run's config.json
     if not all(isinstance(epoch, int | float) and 0 < epoch < math.inf for epoch in fields.decay_epochs):
         raise ValueError(f"config.decay_epochs={fields.decay_epochs!r} are no epochs; take, say, (150, 180, 210)")
-    name, optimizer = fields.one_of("schedule", optim.SCHEDULES), fields.optimizer
     falls = {"decay_epochs": fields.decay_epochs, "decay_factor": fields.at_least("decay_factor", 0, 1)}
     schedule = optim.create_schedule(
         name, fields.at_least("learning_rate", 0), num_steps=num_steps, steps_per_epoch=steps_per_epoch, **falls,
@@ -209,9 +243,7 @@ def _optimization(
         "nesterov": fields.nesterov,
         "weight_decay": fields.at_least("weight_decay", 0),
     }
-    tx = optim.create_optimizer(optimizer, schedule, **options)
-    unused = {*options} - {*optim.taken(optimizer)} | ({*falls} if name != "step" else set())
-    return schedule, tx, unused
+    return schedule, optim.create_optimizer(optimizer, schedule, **options), {*unused}
 
 
 def create_learner(
@@ -243,7 +275,7 @@ def alone(config: ConfigDict, network: str) -> ConfigDict:
     """The same run with no teacher: cross-entropy for one network, on the same views and epochs."""
     copy = config.copy_and_resolve_references()
     with copy.unlocked():
-        for name in _method_fields(config) - set(methods.fields()):
+        for name in _method_fields(config) - set(methods.fields()) | ({"teacher_fingerprint"} & {*copy}):
             del copy[name]
         for name in methods.fields():
             copy[name] = None

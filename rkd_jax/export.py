@@ -114,7 +114,7 @@ def to_torch(export: Export, path: Path) -> Predict:
     name = models.resolve(metadata["network"], export.shape[0], field="FOLDER")
     convert.save(path, network.variables, name, metadata | {"image_size": export.shape[0]})
     again = convert.from_torch(path, name, metadata["num_classes"])
-    apply = jax.jit(dataclasses.replace(export, network=network._replace(variables=again)))
+    apply = jax.jit(dataclasses.replace(export, network=dataclasses.replace(network, variables=again)))
     return lambda images: np.asarray(apply(images))
 
 

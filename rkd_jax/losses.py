@@ -169,8 +169,13 @@ def log_probabilities(
     temperature: float | jax.Array = 1.0,
     where: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """log softmax of both sides' logits / T over the classes where `where`; the others' values mean nothing."""
+    """log softmax of both sides' logits / T over the classes where `where`; the others' values mean nothing.
+
+    T is a scalar; ValueError for any other shape.
+    """
     same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
+    if jnp.ndim(temperature):
+        raise ValueError(f"temperature has shape {jnp.shape(temperature)}; give a scalar, or use jax.vmap")
     scaled = (promote(student_logits) / temperature, promote(teacher_logits) / temperature)
     if where is not None:
         scaled = tuple(jnp.where(where, logits, EXCLUDED) for logits in scaled)

@@ -31,7 +31,7 @@ def soft_rank(values, direction="ASCENDING", regularization_strength=1.0):
     ASCENDING gives the smallest value rank 1, DESCENDING the largest, as in fast-soft-sort and torchsort.
     `regularization_strength` is eps, in units of `values`: towards 0 the ranks become hard (ties share the mean of
     their ranks); once it is large enough for a row to be one block they are (n + 1) / 2 +- (values - mean) / eps
-    exactly. It may be a traced scalar, and is differentiable.
+    exactly. It may be a traced scalar, and is differentiable; one that is not positive then makes all ranks NaN.
 
     The result is float32 for float16, bfloat16 and float32 values (bfloat16 cannot hold ranks above 256), float64 for
     float64; gradients have the dtype of the values. Infinities are ranked; a NaN makes its own row NaN, and the row's
@@ -86,9 +86,11 @@ def _checked(values, direction, eps):
         raise TypeError(f"values has dtype {values.dtype}; convert it first, e.g. values.astype(jnp.float32)")
     if jnp.ndim(eps) != 0:
         raise ValueError(f"regularization_strength has shape {jnp.shape(eps)}; give a scalar, or use jax.vmap")
-    if not isinstance(eps, jax.core.Tracer) and not eps > 0:
-        raise ValueError(f"regularization_strength={eps} must be positive")
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    if isinstance(eps, jax.core.Tracer):
+        values = values * jnp.where(eps > 0, 1, jnp.nan).astype(values.dtype)
+    elif not eps > 0:
+        raise ValueError(f"regularization_strength={eps} must be positive")
     return values, jnp.asarray(eps, values.dtype).reshape((1,) * values.ndim)
 
 
@@ -220,7 +222,8 @@ def _prefix_sum(x, residue=0):
         return jnp.sum(jnp.where(position <= position[:, None], x[..., None, :], 0), axis=-1)
 
     rounded = prefix_sum(x)
-    return rounded, prefix_sum(x - jnp.diff(rounded, axis=-1, prepend=0) + residue)
+    before = jnp.pad(rounded[..., :-1], [(0, 0)] * (x.ndim - 1) + [(1, 0)])
+    return rounded, prefix_sum(x - (rounded - before) + residue)
 
 
 # With loops over the rows.

@@ -1,7 +1,7 @@
 """The training loop: for each step, train; now and then, log, evaluate, save."""
 
 import contextlib
-import hashlib
+import fcntl
 import os
 import shlex
 import signal
@@ -36,6 +36,7 @@ OWN = (
     "decay_factor", "lr_warmup_epochs", "optimizer", "momentum", "nesterov", "weight_decay",
 )  # fmt: skip
 TEACHER = ("teacher", "teacher_checkpoint", "teacher_fingerprint", "fold_teacher")
+PUT_BACK = "put it back (a finished run has it in its summary.json), or name another folder"
 ASK_EVERY = 50  # steps, at most, until processes ask each other whether one was told to stop
 
 
@@ -81,11 +82,12 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
 
     def start() -> list[Any]:
         for run, folder in zip(runs, folders, strict=True):
+            locks.enter_context(_locked(folder))
             if claim(folder, run.config):
                 claimed.append(folder)
         return [_finished(folder) for folder in folders]
 
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as locks, contextlib.ExitStack() as stack:
         stack.callback(lambda: [_release(folder) for folder in claimed])
         summaries = processes.in_lead(start)
         open_ones = [i for i, summary in enumerate(summaries) if summary is None]
@@ -212,7 +214,8 @@ class Student:
 
     def read(self, step: int) -> tuple[Any, dict[str, Any]] | None:
         """The state and the progress of a checkpoint; None where it is damaged."""
-        found = self._checkpoints.restore(self.state, step) if self._checkpoints else None
+        states = self._checkpoints
+        found = processes.everywhere(lambda: states.restore(self.state, step) if states else None)
         if not processes.agree(found is not None):
             return None
         template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.state)
@@ -336,13 +339,9 @@ def _computed(runs: Sequence[experiment.Experiment], folders: Sequence[Path]) ->
     """What makes the numbers of runs, by name: the same in all processes, or they would train apart."""
     facts: dict[str, Any] = {"the number of runs": len(runs)}
     for run, folder in zip(runs, folders, strict=True):
-        digest = hashlib.sha256()
-        for images, labels in (run.splits.train, run.splits.test):
-            digest.update(f"{images.shape}".encode() + np.ascontiguousarray(labels).tobytes())
-            digest.update(np.ascontiguousarray(images[:: len(images) // 64 + 1]).tobytes())
         found = {f"config.{name}": value for name, value in run.config.items() if name not in ELSEWHERE}
         found["whether the set is streamed (config.stream)"] = feed.streams(run.config["stream"], run.splits.train)
-        found["the digest of the images of config.dataset"] = digest.hexdigest()[:16]
+        found["the digest of the images of config.dataset"] = experiment.data_fingerprint(run.splits)
         facts |= {f"{folder.name}: {name}" if len(runs) > 1 else name: value for name, value in found.items()}
     return facts
 
@@ -391,7 +390,11 @@ def _groups(students: Sequence[Student]) -> list[list[Student]]:
 
 
 def _restore(students: Sequence[Student]) -> int:
-    """Takes all students back to the newest step that each has a whole checkpoint of; returns it, or 0."""
+    """Takes all students back to the newest step that each has a whole checkpoint of; returns it, or 0.
+
+    ValueError where they had such steps, and all turn out to be damaged.
+    """
+    step = 0
     while common := set.intersection(*(set(student.saved()) for student in students)):
         step = max(common)
         found = [student.read(step) for student in students]
@@ -399,27 +402,57 @@ def _restore(students: Sequence[Student]) -> int:
             for student, (state, progress) in zip(students, found, strict=True):
                 student.state, student.progress = state, progress
             return step
+    if step:
+        raise ValueError(
+            f"{students[0].workdir}: no checkpoint is whole, and those that are not are set aside as damaged-STEP; the "
+            "same command now starts anew, and overwrites what else the run has left"
+        )
     return 0
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    """Keeps the runs of other processes out of a folder, which is made; where its file system has no locks, nothing.
+
+    The lock is on the folder itself, so that nothing of it is left behind, whatever becomes of the process.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(workdir, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--workdir={workdir}: another process trains there; wait for it, or stop it") from None
+        except OSError:
+            pass  # what cannot be written is told by `claim`
+        yield
 
 
 def claim(workdir: Path, config: Mapping[str, Any]) -> bool:
     """Makes the folder this run's own, if it is no run's yet, and returns whether it was not.
 
-    Raises ValueError where it holds another config's run, naming the differences.
+    Raises ValueError where it holds another config's run, naming the differences, or something else.
     """
     path = workdir / "config.json"
+    if (workdir / "metadata.json").exists():
+        raise ValueError(f"--workdir={workdir} is the folder of a network, not of a run; name another")
+    if not path.exists() and _begun(workdir):
+        raise ValueError(f"--workdir={workdir} holds a run, but no config.json that says of what; {PUT_BACK}")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if free := not path.exists():
             _files.write_json(path, config)
         elif not os.access(workdir, os.W_OK):
             raise PermissionError("no permission")
-        there, config = ({**BEFORE, **known} for known in (_files.read_json(path), config))
+        there, config = ({**BEFORE, **known} for known in (_files.read_json(path, PUT_BACK), config))
     except OSError as error:
         raise OSError(f"--workdir={workdir} cannot be written ({error}); name another") from error
+    there.setdefault("data_fingerprint", config.get("data_fingerprint"))  # of a run from before it was noted
     names = [name for name in {**there, **config} if name not in ELSEWHERE + SPOKEN]
+    means = {name: f" ({what})" for name, what in experiment.FINGERPRINTS.items()}
     differences = [
-        f"  config.{name}: {there.get(name)!r} there, {config.get(name)!r} here"
+        f"  config.{name}: {there.get(name)!r} there, {config.get(name)!r} here{means.get(name, '')}"
         for name in names
         if there.get(name) != config.get(name)
     ]

@@ -532,6 +532,16 @@ def test_folder_whose_test_images_have_another_name(tmp_path):
         data.load(f"folder:{tmp_path}")
 
 
+def test_folder_to_test_on(tmp_path):
+    write_folder(tmp_path / "test", {"ape": 3, "bee": 2})
+    splits = data.load(f"folder:{tmp_path}")
+    assert (len(splits.train.labels), len(splits.test.labels), splits.class_names) == (0, 5, ("ape", "bee"))
+    assert splits.mean == base.moments(splits.test.images)[0]
+    assert len(data.random(f"folder:{tmp_path}", 8, 4).test.labels) == 4
+    write_folder(tmp_path, {"cat": 20})  # beside classes, it is one
+    assert data.load(f"folder:{tmp_path}").class_names == ("cat", "test")
+
+
 def test_folder_without_splits(tmp_path):
     write_folder(tmp_path, {"ape": 20, "bee": 10})
     Image.new("RGB", (30, 30), (50, 50, 50)).save(tmp_path / "bee" / "odd.jpg")

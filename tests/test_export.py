@@ -67,7 +67,9 @@ def test_python_of_the_docs_runs(network, images, tmp_path):
 
 def logits_of(path, images):
     restored = evaluate.restore(path, images.shape[1:])
-    return np.asarray(restored(images).logits), restored.normalization
+    with pytest.raises(ValueError, match="images are float32; give uint8 from 0 to 255"):
+        restored(images / np.float32(255))
+    return np.asarray(jax.jit(restored)(images).logits), restored.normalization
 
 
 def test_artefact_runs_without_this_package(network, images, tmp_path, capsys):

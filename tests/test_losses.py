@@ -216,6 +216,18 @@ def test_sides_of_other_shapes_are_named(name):
             (loss or getattr(losses, name))(S, other)
 
 
+@pytest.mark.parametrize("name", ["kl", "soft_cross_entropy"])
+def test_a_temperature_an_example_is_vmaps_business(name):
+    loss, temperatures = getattr(losses, name), jnp.arange(1.0, 6.0)
+    for shaped in (temperatures, temperatures[:, None]):
+        with pytest.raises(
+            ValueError, match=re.escape(f"temperature has shape {shaped.shape}; give a scalar, or use jax.vmap")
+        ):
+            loss(S, T, shaped)
+    expected = [loss(s, t, float(temperature)) for s, t, temperature in zip(S, T, temperatures, strict=True)]
+    np.testing.assert_allclose(jax.vmap(loss)(S, T, temperatures), expected, rtol=1e-6)
+
+
 def test_kl_at_extreme_logits_is_exact():
     s, t = jnp.float32([[1e4, 0.0, 0.0]]), jnp.float32([[0.0, 1e4, 0.0]])
     np.testing.assert_allclose(losses.kl(s, t), [1e4])

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
-from rkd_jax import optim, runs
+from rkd_jax import experiment, optim, runs
 
 STEPS = {"num_steps": 3000, "steps_per_epoch": 10}
 
@@ -140,6 +141,7 @@ def test_run_by_another_optimizer_goes_on(tiny, tmp_path, stopped, capsys):
     used = json.loads((tmp_path / "run" / "config.json").read_text())
     names = ("optimizer", "weight_decay", "nesterov", "momentum", "decay_epochs", "decay_factor")
     assert [used[name] for name in names] == ["optax:adamw", 5e-4, False, None, None, None]
+    assert experiment.build(ConfigDict(used)).config == used  # a run's own record is its config again
 
 
 @pytest.mark.parametrize(

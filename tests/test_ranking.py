@@ -279,6 +279,15 @@ def test_nan_poisons_its_own_row_and_its_gradient(ranking):
 
 
 @both_forms
+@pytest.mark.parametrize("eps", [0.0, -1.0, np.nan])
+def test_a_traced_strength_that_is_not_positive_makes_all_nan(ranking, eps):
+    x = rows(12, np.float32)[:3]
+    sort = jax.jit(ranking.soft_sort)
+    for found in (*value_and_vjp(ranking)(x, eps, np.ones_like(x)), sort(x, regularization_strength=eps)):
+        assert np.isnan(found).all()
+
+
+@both_forms
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_gives_float32_ranks_and_gradients_in_its_own_dtype(ranking, dtype):
     x = jnp.asarray(rows(300)[:2], dtype)
@@ -371,7 +380,7 @@ def test_the_cpus_program_has_the_fast_path_and_the_loop():
 
 
 SHARDED = """
-    import json, re, sys
+    import contextlib, json, re, sys
     import jax, jax.numpy as jnp, numpy as np
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     from rkd_jax import losses, ranking
@@ -392,12 +401,14 @@ SHARDED = """
         ways = {
             "auto": (jax.jit(f, in_shardings=split, out_shardings=split), x),
             "explicit": (jax.jit(f), jax.device_put(x, NamedSharding(explicit, P("data")))),
+            "set_mesh": (jax.jit(f), jax.device_put(x, NamedSharding(explicit, P("data")))),
             "shard_map": (jax.jit(jax.shard_map(f, mesh=auto, in_specs=P("data"), out_specs=P("data"))), x),
             "pmap": (jax.pmap(f), x.reshape(2, 2, 12)),
         }
         for way, (run, value) in ways.items():
-            program = run.lower(value).compile().as_text()
-            result = run(value)
+            with jax.set_mesh(explicit) if way == "set_mesh" else contextlib.nullcontext():
+                program = run.lower(value).compile().as_text()
+                result = run(value)
             found[f"{way} {name}"] = {
                 "collectives": sorted(set(re.findall(r"all-\\w+|reduce-scatter|collective-\\w+", program))),
                 "shards": len(result.addressable_shards) if not result.is_fully_replicated else 1,
@@ -423,7 +434,8 @@ def test_a_sharded_batch_costs_no_communication():
     assert child.returncode == 0, child.stderr[-3000:]
     sharded = json.loads(child.stdout.splitlines()[-1])
     assert sharded.pop("control")
-    ways, functions = ("auto", "explicit", "shard_map", "pmap"), ("gradient", "loss", "sort", "blocks")
+    ways = ("auto", "explicit", "set_mesh", "shard_map", "pmap")
+    functions = ("gradient", "loss", "sort", "blocks")
     assert {*sharded} == {f"{way} {function}" for way in ways for function in functions}
     for name, found in sharded.items():
         assert (found["collectives"], found["shards"]) == ([], 2), name

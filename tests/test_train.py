@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +11,15 @@ import types
 import unittest.mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from ml_collections import ConfigDict
+from PIL import Image
 
-from rkd_jax import _flags, checkpoint, evaluate, experiment, metrics, steps, train
+from rkd_jax import _files, _flags, checkpoint, evaluate, experiment, metrics, steps, train
+from rkd_jax.methods import kd
 from rkd_jax.models import __main__ as table
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -278,6 +283,101 @@ def test_workdir_of_another_config_is_refused(tiny, finished):
     assert (workdir / "config.json").read_text() == before
 
 
+def test_workdir_that_holds_something_else_is_refused(tiny, finished, small_teacher, tmp_path):
+    config = tiny()
+    with pytest.raises(ValueError, match="is the folder of a network, not of a run; name another"):
+        train.train_and_evaluate(config, small_teacher)
+    workdir = shutil.copytree(finished(config)[0], tmp_path / "run")
+    # What the same command, or another, would go on with.
+    (workdir / "config.json").unlink()
+    for lost in (["best", "last"], ["summary.json"], ["checkpoints"]):
+        with pytest.raises(ValueError, match=r"holds a run, but no config\.json that says of what; put it back"):
+            train.train_and_evaluate(config, workdir)
+        assert not (workdir / "config.json").exists()
+        for name in lost:
+            (workdir / name).rename(tmp_path / name)
+    assert train.claim(workdir, {})
+
+
+def test_a_workdir_in_which_another_process_trains_is_left_alone(tiny, tmp_path):
+    config = tiny(checkpoint_seconds=0.0)
+    process = start(config, tmp_path / "run")
+    wait_for_step(process, 4)
+    process.send_signal(signal.SIGSTOP)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"run: another process trains there; wait for it, or stop it"):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before != ""
+    process.kill()  # which takes the lock along
+    process.wait()
+    assert train.train_and_evaluate(config, tmp_path / "run")["last"]["step"] == 12
+
+
+def test_images_that_change_beneath_a_run_are_noticed(tiny, tmp_path):
+    generator = np.random.default_rng(0)
+
+    def draw(name):
+        for label in "ab":
+            (tmp_path / "set" / label).mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 256, (8, 8), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "set" / label / f"{name}.png")
+
+    for i in range(10):
+        draw(i)
+    fields = {"dataset": f"folder:{tmp_path / 'set'}", "num_train": None, "num_test": None, "method": "cross_entropy"}
+    config, workdir = tiny(**fields, num_steps=1), tmp_path / "run"
+    train.train_and_evaluate(config, workdir)
+    record = json.loads((workdir / "config.json").read_text())
+    draw(5)  # in place of others
+    with pytest.raises(ValueError, match=r"config\.data_fingerprint: '\w{16}' there, '\w{16}' here \(other images\)"):
+        train.train_and_evaluate(config, workdir)
+    with pytest.raises(
+        ValueError, match=r"config\.data_fingerprint='\w+' is of a run with other images than now, '\w+'"
+    ):
+        experiment.build(ConfigDict(record))
+    # A run from before this was noted.
+    (workdir / "config.json").write_text(json.dumps({k: v for k, v in record.items() if k != "data_fingerprint"}))
+    train.train_and_evaluate(config, workdir)
+    # What is there to be tested on alone is not trained on.
+    (tmp_path / "set").rename(tmp_path / "test")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "test").rename(tmp_path / "set" / "test")
+    for smoke in (False, True):
+        with pytest.raises(ValueError, match=r"config\.dataset='folder:.*' has no training images, but test/ alone"):
+            experiment.build(tiny(**fields, smoke=smoke))
+
+
+def test_a_state_of_other_arrays_is_no_damaged_one(tiny, tmp_path, monkeypatch):
+    config = tiny(num_steps=4, eval_epochs=100.0)
+    monkeypatch.setattr(train.Student, "finish", lambda *_, **__: None)
+    train.train_and_evaluate(config, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    monkeypatch.setattr(kd.Method, "init", lambda *_: ({"w": jnp.zeros(3)}, {}))
+    with pytest.raises(ValueError, match=r"4 has params/method/w as nothing, where it is float32\[3\] now: "):
+        train.train_and_evaluate(config, tmp_path / "run")
+    monkeypatch.setattr(kd.Method, "init", lambda *_: ({}, {"count": np.zeros(3, np.int32)}))
+    with pytest.raises(ValueError, match=r"4 has method_state/count as nothing, where it is int32\[3\] now: "):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_stops_before_it_starts_anew(tiny, tmp_path, monkeypatch):
+    config = tiny(num_steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Student, "finish", lambda *_, **__: None)
+        train.train_and_evaluate(config, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    for path in (tmp_path / "run" / "checkpoints" / "4" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no checkpoint is whole, .* set aside as damaged-STEP; the same command now"):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert (tmp_path / "run" / "damaged-4").is_dir()
+    assert train.train_and_evaluate(config, tmp_path / "run")["last"]["step"] == 4
+
+
 def test_workdir_that_cannot_be_written(tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot be written.*name another"):
@@ -304,6 +404,10 @@ def test_finished_run_is_not_run_again(tiny, finished, capsys):
         ({"views": "stron"}, "config.views='stron' is none of"),
         ({"view_reduction": "max"}, "config.view_reduction='max' is none of"),
         ({"dtype": "float16"}, "config.dtype='float16' is none of"),
+        (
+            {"method": "ranking_alignment", "temperature": 2.0},
+            "config.temperature=2.0 changes nothing until config.kd_weight is set; set it, too",
+        ),
         ({"method": "cross_entropy", "lam": 3.0}, "config.lam=3.0 is set, but method 'cross_entropy' does not read it"),
         ({"teacher": "resnet20"}, "config.teacher_checkpoint=.* holds a small_network:create, not a resnet20"),
         ({"num_steps": 0}, "config.num_steps=0 is too low"),
@@ -564,8 +668,11 @@ def test_a_wrong_config_file_is_one_sentence(tmp_path, text, message):
 def test_damaged_json_of_a_run_is_named(tmp_path):
     train.claim(tmp_path, {"lam": 5.0})
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is damaged \(.*remove it"):
+    with pytest.raises(ValueError, match=r"config\.json is damaged \(.*put it back"):
         train.claim(tmp_path, {"lam": 5.0})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 2}\n{"step')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is damaged \(.*remove that line"):
+        _files.read_lines(tmp_path / "metrics.jsonl")
     (tmp_path / "metadata.json").write_text("{}")
     with pytest.raises(ValueError, match=r"metadata\.json is damaged \(it lacks mean, network, num_classes, std\)"):
         checkpoint.load_network(tmp_path)

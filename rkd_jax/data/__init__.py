@@ -102,7 +102,7 @@ def random(name: str, num_train: int, num_test: int, image_size: int | None = No
     if (known := form(name)) is None:
         whole = load(name, data_dir, image_size=image_size)
         train, test = (
-            subset(split, min(count, len(split.labels)))
+            subset(split, min(count, len(split.labels)) or None)
             for split, count in ((whole.train, num_train), (whole.test, num_test))
         )
         return whole._replace(train=train, test=test)

@@ -1,8 +1,8 @@
 """A user's own images: one sub-folder a class.
 
 PATH/train/CLASS/... and PATH/test/CLASS/... (or val/, valid/, validation/), or PATH/CLASS/... alone, from which every
-tenth image of each class, in the order of the file names, is held out for testing. Classes are numbered in the order of
-their names.
+tenth image of each class, in the order of the file names, is held out for testing. PATH/test/CLASS/... alone is a set
+to test on, without training images. Classes are numbered in the order of their names.
 """
 
 from pathlib import Path
@@ -24,7 +24,10 @@ def load(path: str, image_size: int | None = None) -> Splits:
     if not root.is_dir():
         raise FileNotFoundError(f"config.dataset='folder:{path}' is no folder; it should hold one sub-folder a class")
     held_out = next((root / name for name in HELD_OUT if (root / name).is_dir()), None)
-    parts = [root / "train", held_out] if held_out and (root / "train").is_dir() else [root]
+    if held_out and (root / "train").is_dir():
+        parts = [root / "train", held_out]
+    else:  # the held out part, where nothing is beside it
+        parts = [held_out] if held_out and _classes(root) == [held_out.name] and _classes(held_out) else [root]
     if not held_out and (root / "train").is_dir() and _classes(root / "train"):
         others = ", ".join(f"{name}/" for name in HELD_OUT[1:])
         raise ValueError(
@@ -38,8 +41,12 @@ def load(path: str, image_size: int | None = None) -> Splits:
         Split(np.stack([_read(file, shape) for file, _ in part]), np.array([label for _, label in part], np.int32))
         for part in files
     ]
-    train, test = splits if held_out and len(splits) == 2 else _prepared.hold_out(splits[0])
-    return Splits(train, test, len(classes), *moments(train.images), tuple(classes))
+    if parts == [held_out]:
+        train, test = Split(splits[0].images[:0], splits[0].labels[:0]), splits[0]
+    else:
+        train, test = splits if len(splits) == 2 else _prepared.hold_out(splits[0])
+    images = train.images if len(train.images) else test.images
+    return Splits(train, test, len(classes), *moments(images), tuple(classes))
 
 
 def _classes(folder: Path) -> list[str]:

@@ -144,7 +144,11 @@ def _create(method: type[Distiller], given: Mapping[str, Any], places: tuple[str
             f"config.{name}={value!r} is set, but method {_name(method)!r} does not read it{_nearest(name, known)} "
             f"It reads {', '.join(known) or 'no hyper-parameter'}."
         )
-    return method(**values)
+    made = method(**values)
+    for name, weight in method.weighted_by.items():
+        if name in given and weight not in given and not getattr(made, weight):
+            raise ValueError(f"config.{name}={given[name]!r} changes nothing until config.{weight} is set; set it, too")
+    return made
 
 
 def _name(method: type[Distiller]) -> str:

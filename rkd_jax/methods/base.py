@@ -80,6 +80,8 @@ class Distiller:
     # the gradients of the label term and of the sum of the others.
     per_term_gradients: ClassVar[bool] = False
     resumes_teacher: ClassVar[bool] = False  # True: loss resumes the teacher, whose batch normalisation is not folded
+    # Fields of a term that is left out until the field of its weight is set: to set the former alone is an error.
+    weighted_by: ClassVar[Mapping[str, str]] = {}
     # Values that the authors use elsewhere than in the dataclass' defaults: data set, student or "teacher>student", in
     # lower case and in rising precedence -> fields. They apply where the config leaves a field unset.
     tuned: ClassVar[Mapping[str, Mapping[str, Any]]] = {}

@@ -18,6 +18,7 @@ stem and its last convolution. Here all networks are as for other methods, and W
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -40,6 +41,8 @@ class Method(base.Distiller):
     schedule_epochs: float = base.positive(240.0)  # epochs over which w goes
     kd_weight: float = base.non_negative(0.0)  # weight of an added T^2 * KL term; 0: none
     temperature: float = base.positive(4.0)  # T of the added term
+
+    weighted_by: ClassVar = {"temperature": "kd_weight"}
 
     def init(self, rng, student, teacher, num_examples):
         s, t = self._maps(student, teacher)

@@ -21,6 +21,7 @@ class Method(base.Distiller):
     kd_weight: float = base.non_negative(0.0)  # weight of an added T^2 * KL term; 0: none
     temperature: float = base.positive(4.0)  # T of the added term
 
+    weighted_by: ClassVar = {"temperature": "kd_weight"}
     tuned: ClassVar = {"tiny_imagenet": {"lam": 10.0}}
 
     def loss(self, params, state, student, teacher, batch, context):

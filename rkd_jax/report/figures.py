@@ -99,8 +99,8 @@ def predict(texts: Sequence[str], images: np.ndarray, splits: data.Splits, flag:
     for text in texts:
         label, folder = named(text)
         network = evaluate.restore(network_folder(folder), images.shape[1:], splits, flag)
-        apply = jax.jit(lambda variables, batch, network=network: network._replace(variables=variables)(batch))
-        outputs = [apply(network.variables, images[i : i + 500]) for i in range(0, len(images), 500)]
+        apply = jax.jit(network)
+        outputs = [apply(images[i : i + 500]) for i in range(0, len(images), 500)]
         values = zip(*((each.logits, each.embedding) for each in outputs), strict=True)
         logits, embedding = (None if each[0] is None else np.concatenate([*map(np.asarray, each)]) for each in values)
         found.append(Predicted(label, logits, embedding))
