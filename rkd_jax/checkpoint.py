@@ -73,7 +73,7 @@ def _alone(what: str) -> ocp.options.MultiprocessingOptions:
     )
 
 
-def read_metadata(path: str | os.PathLike, field: str = "config.teacher_checkpoint") -> dict[str, Any]:
+def read_metadata(path: str | os.PathLike, field: str = "path") -> dict[str, Any]:
     """The metadata of a network folder; FileNotFoundError, naming the config's `field`, where there is none."""
     given, path = str(path), Path(path)
     if not given or not (path / "metadata.json").is_file():
@@ -108,7 +108,7 @@ def load_network(
     name: str | None = None,
     num_classes: int | None = None,
     class_names: Sequence[str] = (),
-    field: str = "config.teacher_checkpoint",
+    field: str = "path",
 ) -> tuple[Any, dict[str, Any]]:
     """Reads a network folder: (variables, metadata), as NumPy arrays; floating point as float32.
 
@@ -182,8 +182,9 @@ def _restore_numpy(path: Path) -> Any:
     with reader as checkpointer:
         if not path.is_dir():
             raise FileNotFoundError("it has no variables/")
-        tree = checkpointer.metadata(path).item_metadata.tree
-        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        if (found := checkpointer.metadata(path).item_metadata) is None:
+            raise ValueError("its variables/ say not what they hold")
+        arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found.tree)
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
 
 

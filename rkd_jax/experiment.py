@@ -27,7 +27,11 @@ FALLS = ("decay_epochs", "decay_factor")
 # What the fields that an optimizer or a schedule may not use are, so that they do nothing.
 NEUTRAL = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "decay_epochs": (), "decay_factor": 1.0}
 # What a run's config.json has beside the fields, so that it is not gone on with from something else.
-FINGERPRINTS = {"teacher_fingerprint": "another network as its teacher", "data_fingerprint": "other images"}
+FINGERPRINTS = {
+    "teacher_fingerprint": "another network as its teacher",
+    "student_fingerprint": "another network to begin with",
+    "data_fingerprint": "other images",
+}
 
 
 class Loop(NamedTuple):
@@ -46,6 +50,7 @@ class Experiment(NamedTuple):
     config: dict[str, Any]  # every field with the value used, plain JSON; of the methods' fields, the chosen one's
     splits: data.Splits
     student: nn.Module
+    student_variables: Any  # which it begins with; None: those of its initialisation
     teacher: nn.Module | None
     teacher_variables: Any
     method: methods.Distiller
@@ -64,11 +69,12 @@ class Experiment(NamedTuple):
         """The seed of the order and the augmentation of the images."""
         return self.config["seed" if self.config["data_seed"] is None else "data_seed"]
 
-    def create_state(self, rng: jax.Array) -> steps.TrainState:
-        """The state before the first step; `steps.run_once` makes it."""
+    def create_state(self, rng: jax.Array, student_variables: Any = None) -> steps.TrainState:
+        """The state before the first step; `steps.run_once` makes it, of `student_variables` where there are any."""
         images, labels = self.splits.train
         networks = self.student, self.teacher, self.teacher_variables
-        return steps.create_state(rng, *networks, self.method, self.tx, images.shape[1:], len(labels))
+        facts = images.shape[1:], len(labels)
+        return steps.create_state(rng, *networks, self.method, self.tx, *facts, student_variables)
 
 
 class Fields:
@@ -151,6 +157,9 @@ def build(config: ConfigDict) -> Experiment:
         num_steps = fields.at_least("num_steps", 1)
 
     student = models.create(fields.student, splits.num_classes, dtype, splits.train.images.shape[1], "config.student")
+    student_variables, begun = None, {}
+    if fields.student_checkpoint:
+        student_variables, begun = _given(fields, "student", student, splits)
     teacher, teacher_variables, metadata = _teacher(fields, splits, method, dtype)
     schedule, tx, unused = _optimization(fields, num_steps, steps_per_epoch)
     recipe = steps.Recipe(
@@ -188,6 +197,8 @@ def build(config: ConfigDict) -> Experiment:
         fields.at_least("data_seed", 0, MOST_SEED)
     _ = fields.stream, fields.smoke, fields.compare, fields.sweep
     prints = {"teacher_fingerprint": metadata.get("fingerprint", "")}
+    if begun:
+        prints["student_fingerprint"] = begun.get("fingerprint", "")
     if ":" in fields.dataset:  # a set of the user's own, which may change
         prints["data_fingerprint"] = data_fingerprint(splits)
     fields.pass_over(FINGERPRINTS)
@@ -202,9 +213,8 @@ def build(config: ConfigDict) -> Experiment:
     resolved = {name: value for name, value in values.items() if name not in _method_fields(values)}
     resolved |= dict.fromkeys(unused) | methods.hyperparameters(method) | prints
     resolved = json.loads(json.dumps(resolved))
-    return Experiment(
-        resolved, splits, student, teacher, teacher_variables, method, recipe, loop, schedule, method.wrap_optimizer(tx)
-    )
+    networks = student, student_variables, teacher, teacher_variables
+    return Experiment(resolved, splits, *networks, method, recipe, loop, schedule, method.wrap_optimizer(tx))
 
 
 def data_fingerprint(splits: data.Splits) -> str:
@@ -330,15 +340,7 @@ def _teacher(
         variables = untrained(teacher, splits.train.images.shape[1:])
         metadata = {"mean": splits.mean, "std": splits.std}
     else:
-        canonical = models.resolve(name, splits.train.images.shape[1], "config.teacher")
-        variables, metadata = checkpoint.load_network(path, canonical, splits.num_classes, splits.class_names)
-        side, here = metadata.get("image_size"), splits.train.images.shape[1]
-        if fields.image_size is None and ":" in fields.dataset and side not in (None, here):
-            raise ValueError(
-                f"config.teacher_checkpoint={path!r} was trained on images of {side} pixels, and config.dataset="
-                f"{fields.dataset!r} gives {here}; set config.image_size={side}, or {here} if it is to teach on those"
-            )
-        check_variables(teacher, variables, splits.train.images.shape[1:], "config.teacher_checkpoint")
+        variables, metadata = _given(fields, "teacher", teacher, splits)
     if fold and method.resumes_teacher:
         raise ValueError(
             f"config.method={fields.method!r} trains through the teacher's batch normalisation, which "
@@ -348,6 +350,22 @@ def _teacher(
         images = jax.ShapeDtypeStruct((1, *splits.train.images.shape[1:]), jnp.float32)
         variables = models.fold(teacher, variables, images)
     return teacher, variables, metadata
+
+
+def _given(fields: Fields, role: str, network: nn.Module, splits: data.Splits) -> tuple[Any, dict[str, Any]]:
+    """Variables and metadata of the folder that config.teacher_checkpoint, or the student's, names."""
+    field, here = f"config.{role}_checkpoint", splits.train.images.shape[1]
+    path = getattr(fields, f"{role}_checkpoint")
+    canonical = models.resolve(getattr(fields, role), here, f"config.{role}")
+    variables, metadata = checkpoint.load_network(path, canonical, splits.num_classes, splits.class_names, field)
+    side = metadata.get("image_size")
+    if fields.image_size is None and ":" in fields.dataset and side not in (None, here):
+        raise ValueError(
+            f"{field}={path!r} was trained on images of {side} pixels, and config.dataset={fields.dataset!r} gives "
+            f"{here}; set config.image_size={side}, or {here} if it is to see those"
+        )
+    check_variables(network, variables, splits.train.images.shape[1:], field)
+    return variables, metadata
 
 
 def untrained(network: nn.Module, image_shape: tuple[int, ...]) -> Any:

@@ -55,6 +55,7 @@ def chain(config: ConfigDict) -> list[ConfigDict]:
         link.update(teacher=teacher, student=student, assistant=method.assistant)
         if student != config.student:
             models.resolve(student, field="config.assistant")
+            link.student_checkpoint = ""
         links.append(link)
     return links
 
@@ -209,7 +210,9 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
         result = evaluate.evaluate(config, config.teacher_checkpoint, "config.teacher_checkpoint")
         rows.append({"role": "teacher", "network": result["network"], "method": "as given", "last": result, **result})
     else:
-        summary = train.train_and_evaluate(experiment.alone(config, config.teacher), workdir / "teacher")
+        teacher = experiment.alone(config, config.teacher)
+        teacher.student_checkpoint = ""
+        summary = train.train_and_evaluate(teacher, workdir / "teacher")
         rows.append({"role": "teacher", "network": config.teacher, "method": "cross_entropy", **summary})
         config.teacher_checkpoint = str(workdir / "teacher" / "last")
     summary = train.train_and_evaluate(experiment.alone(config, config.student), workdir / "alone")

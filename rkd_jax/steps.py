@@ -132,11 +132,15 @@ def create_state(
     tx: optax.GradientTransformation,
     image_shape: Sequence[int],
     num_examples: int,
+    student_variables: Any = None,
 ) -> TrainState:
-    """The state before the first step. image_shape is [H, W, C]. To be compiled: see `run_once`."""
+    """The state before the first step. To be compiled: see `run_once`.
+
+    image_shape is [H, W, C]; student_variables are those to begin with (None: of the student's initialisation).
+    """
     student_rng, method_rng = jax.random.split(jax.random.fold_in(rng, INIT))
     images = jnp.zeros((2, *image_shape), jnp.float32)
-    variables = student.init(student_rng, images, train=False)
+    variables = student_variables or student.init(student_rng, images, train=False)
     if others := sorted(set(variables) - {"params", "batch_stats"}):
         raise ValueError(
             f"config.student has variables {' and '.join(map(repr, others))}, and none but 'params' and 'batch_stats' "

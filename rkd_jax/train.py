@@ -25,15 +25,15 @@ from rkd_jax.metrics import Clock, Silent, Writer
 from rkd_jax.models import _conv
 
 # Fields that say where things lie, or how they are brought to the device, not what is computed.
-ELSEWHERE = ("data_dir", "teacher_checkpoint", "checkpoint_seconds", "stream")
+ELSEWHERE = ("data_dir", "teacher_checkpoint", "student_checkpoint", "checkpoint_seconds", "stream")
 # What was in effect before there were fields for it.
 BEFORE = {"optimizer": "sgd", "schedule": "step", "lr_warmup_epochs": 0.0}
 # Fields that a run may go on with in another value.
 SPOKEN = ("log_every", "eval_batch_size")
 # Fields that students of one program may have of their own, beside those of their methods.
 OWN = (
-    "student", "method", "seed", "data_seed", "view_reduction", "learning_rate", "schedule", "decay_epochs",
-    "decay_factor", "lr_warmup_epochs", "optimizer", "momentum", "nesterov", "weight_decay",
+    "student", "student_fingerprint", "method", "seed", "data_seed", "view_reduction", "learning_rate", "schedule",
+    "decay_epochs", "decay_factor", "lr_warmup_epochs", "optimizer", "momentum", "nesterov", "weight_decay",
 )  # fmt: skip
 TEACHER = ("teacher", "teacher_checkpoint", "teacher_fingerprint", "fold_teacher")
 PUT_BACK = "put it back (a finished run has it in its summary.json), or name another folder"
@@ -204,7 +204,8 @@ class Student:
         self._label = label
         self._checkpoints = Checkpoints(workdir / "checkpoints") if processes.leads() else None
         with _devices.memory("take a smaller config.student, or lower what makes its method's own arrays large"):
-            self.state = steps.run_once(run.create_state, jax.random.key(run.config["seed"]))
+            key = jax.random.key(run.config["seed"])
+            self.state = steps.run_once(run.create_state, key, run.student_variables)
         self.parameters = models.count_parameters(self.state.params["student"])
         self.progress: dict[str, Any] = {"best": None, "last": None, "totals": {}, "seconds": 0.0}
 
@@ -498,6 +499,7 @@ def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
         + (" | SMOKE" + (": random images" if data.form(config["dataset"]) else "") if config["smoke"] else "")
         + (f" | optimizer {config['optimizer']} ({options})" if config["optimizer"] != "sgd" else "")
         + (f" | schedule {config['schedule']}" if config["schedule"] != "step" else "")
+        + (f" | begins with {config['student_checkpoint']}" if config["student_checkpoint"] and not start else "")
         + (f" | goes on from step {start:,}" if start else "")
         + _not_reached(run)
     )

@@ -159,6 +159,11 @@ def test_command_evaluates_a_run_without_its_config(tiny, tmp_path):
     assert ran.stdout.count("(7 test images of digits)") == 2
 
 
+def test_weights_to_begin_with_are_the_last_students_alone(resnets):
+    config = resnets(method="takd", assistant="resnet14", student_checkpoint="somewhere")
+    assert [link.student_checkpoint for link in runs.chain(config)] == ["", "somewhere"]
+
+
 def test_takd_goes_through_its_assistants(resnets, tmp_path):
     summary = runs.distil(resnets(method="takd", assistant="resnet14", num_steps=2), tmp_path / "run")
     link = json.loads((tmp_path / "run" / "assistants" / "resnet14" / "summary.json").read_text())["config"]

@@ -514,6 +514,28 @@ def test_teacher_of_other_classes_or_shapes(tiny, small_teacher, tmp_path):
         experiment.build(tiny(teacher_checkpoint=str(tmp_path / "short")))
 
 
+def test_student_that_begins_with_given_weights(tiny, small_teacher, tmp_path, capsys):
+    config = tiny(student_checkpoint=str(small_teacher), num_steps=1, learning_rate=0.0)
+    train.train_and_evaluate(config, tmp_path / "run")
+    assert f"| begins with {small_teacher} |" in capsys.readouterr().out
+    (found, _), (given, metadata) = map(checkpoint.load_network, (tmp_path / "run" / "last", small_teacher))
+    jax.tree.map(np.testing.assert_array_equal, found["params"], given["params"])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), found["batch_stats"], given["batch_stats"])
+    assert min(jax.tree.leaves(moved)) > 0  # one step of their running averages
+
+    checkpoint.save_network(tmp_path / "other", jax.tree.map(lambda x: 2 * x, given), metadata)
+    with pytest.raises(ValueError, match=r"config\.student_fingerprint: .* \(another network to begin with\)"):
+        train.train_and_evaluate(
+            tiny(**config.to_dict() | {"student_checkpoint": str(tmp_path / "other")}), tmp_path / "run"
+        )
+    for fields, message in (
+        ({"student": "resnet8"}, r"config\.student_checkpoint='.*' holds a small_network:create, not a resnet8"),
+        ({"student_checkpoint": str(tmp_path / "none")}, r"config\.student_checkpoint='.*none' holds no network"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            experiment.build(tiny(**{"student_checkpoint": str(small_teacher)} | fields))
+
+
 @pytest.mark.parametrize("damage", ["cut", "flipped", "metadata"])
 def test_damaged_teacher(tiny, small_teacher, tmp_path, damage):
     variables, metadata = checkpoint.load_network(small_teacher)
