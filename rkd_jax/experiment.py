@@ -21,10 +21,8 @@ MOST_SEED = 2**32 - 1  # jax.random.key would drop the bits above
 SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_every": 2, "eval_batch_size": 16}
 # The fields, beside those of methods, that may be None.
 UNSET = ("image_size", "num_train", "num_test", "num_steps", "steps_per_call", "data_seed", "fold_teacher", "stream")
-
-
-FALLS = ("decay_epochs", "decay_factor")
-# What the fields that an optimizer or a schedule may not use are, so that they do nothing.
+FALLS = ("decay_epochs", "decay_factor")  # what the schedule "step" takes
+# Values that do nothing, of the fields that an optimizer or a schedule may not take.
 NEUTRAL = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "decay_epochs": (), "decay_factor": 1.0}
 # What a run's config.json has beside the fields, so that it is not gone on with from something else.
 FINGERPRINTS = {
@@ -199,12 +197,12 @@ def build(config: ConfigDict) -> Experiment:
     prints = {"teacher_fingerprint": metadata.get("fingerprint", "")}
     if begun:
         prints["student_fingerprint"] = begun.get("fingerprint", "")
-    if ":" in fields.dataset:  # a set of the user's own, which may change
+    if ":" in fields.dataset and not fields.smoke:  # a set of the user's own, which may change
         prints["data_fingerprint"] = data_fingerprint(splits)
     fields.pass_over(FINGERPRINTS)
     fields.check_all_read()
     for name, found in prints.items():
-        if values.get(name, found) != found and not fields.smoke:
+        if found and values.get(name, found) != found:
             raise ValueError(
                 f"config.{name}={values[name]!r} is of a run with {FINGERPRINTS[name]} than now, {found!r}; bring back "
                 "those, or leave the field out"
@@ -285,7 +283,7 @@ def alone(config: ConfigDict, network: str) -> ConfigDict:
     """The same run with no teacher: cross-entropy for one network, on the same views and epochs."""
     copy = config.copy_and_resolve_references()
     with copy.unlocked():
-        for name in _method_fields(config) - set(methods.fields()) | ({"teacher_fingerprint"} & {*copy}):
+        for name in _method_fields(config) - set(methods.fields()):
             del copy[name]
         for name in methods.fields():
             copy[name] = None
