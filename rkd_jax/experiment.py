@@ -21,6 +21,8 @@ MOST_SEED = 2**32 - 1  # jax.random.key would drop the bits above
 SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_every": 2, "eval_batch_size": 16}
 # The fields, beside those of methods, that may be None.
 UNSET = ("image_size", "num_train", "num_test", "num_steps", "steps_per_call", "data_seed", "fold_teacher", "stream")
+# What was in effect before there were fields for it: of older runs.
+BEFORE = {"optimizer": "sgd", "schedule": "step", "lr_warmup_epochs": 0.0, "student_checkpoint": ""}
 FALLS = ("decay_epochs", "decay_factor")  # what the schedule "step" takes
 # Values that do nothing, of the fields that an optimizer or a schedule may not take.
 NEUTRAL = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "decay_epochs": (), "decay_factor": 1.0}
@@ -127,7 +129,7 @@ class Fields:
 
 def build(config: ConfigDict) -> Experiment:
     """Loads and creates what the config names; ValueError or FileNotFoundError, naming the field, where it cannot."""
-    values = shrink(config)
+    values = BEFORE | shrink(config)
     fields = Fields(values)
 
     method = create_method(config)
@@ -143,7 +145,7 @@ def build(config: ConfigDict) -> Experiment:
 
     splits = load_splits(fields)
     if not (num_train := len(splits.train.labels)):
-        raise ValueError(f"config.dataset={fields.dataset!r} has no training images, but test/ alone; add train/")
+        raise ValueError(f"config.dataset={fields.dataset!r} has images to test on alone; add train/")
     if batch_size > num_train:
         raise ValueError(
             f"config.batch_size={batch_size} exceeds the {num_train} training examples of {fields.dataset}; lower it "
@@ -194,21 +196,23 @@ def build(config: ConfigDict) -> Experiment:
     if fields.data_seed is not None:
         fields.at_least("data_seed", 0, MOST_SEED)
     _ = fields.stream, fields.smoke, fields.compare, fields.sweep
-    prints = {"teacher_fingerprint": metadata.get("fingerprint", "")}
+    prints = {
+        "teacher_fingerprint": metadata.get("fingerprint", ""),
+        "data_fingerprint": data_fingerprint(splits),
+    }
     if begun:
         prints["student_fingerprint"] = begun.get("fingerprint", "")
-    if ":" in fields.dataset and not fields.smoke:  # a set of the user's own, which may change
-        prints["data_fingerprint"] = data_fingerprint(splits)
     fields.pass_over(FINGERPRINTS)
     fields.check_all_read()
     for name, found in prints.items():
-        if found and values.get(name, found) != found:
+        if found and values.get(name, "") not in ("", found) and not fields.smoke:
             raise ValueError(
                 f"config.{name}={values[name]!r} is of a run with {FINGERPRINTS[name]} than now, {found!r}; bring back "
                 "those, or leave the field out"
             )
 
-    resolved = {name: value for name, value in values.items() if name not in _method_fields(values)}
+    settled = {*_method_fields(values), *FINGERPRINTS}
+    resolved = {name: value for name, value in values.items() if name not in settled}
     resolved |= dict.fromkeys(unused) | methods.hyperparameters(method) | prints
     resolved = json.loads(json.dumps(resolved))
     networks = student, student_variables, teacher, teacher_variables
@@ -216,7 +220,7 @@ def build(config: ConfigDict) -> Experiment:
 
 
 def data_fingerprint(splits: data.Splits) -> str:
-    """Of all labels and some sixty images of each split, in hexadecimal."""
+    """Of all labels and up to 64 images of each split, as decoded, in hexadecimal."""
     digest = hashlib.sha256()
     for images, labels in (splits.train, splits.test):
         digest.update(f"{images.shape}".encode() + np.ascontiguousarray(labels).tobytes())

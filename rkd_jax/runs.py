@@ -142,7 +142,8 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
             member[field] = _parse(field, value, config.get_type(field))
         if any(other.to_dict() == member.to_dict() for _, other in members):
             raise ValueError(f"config.sweep={config.sweep!r} names a student twice; name each once")
-        members.append((",".join(f"{field}={value}" for field, value in choice), member))
+        name = ",".join(f"{field}={value}" for field, value in choice).replace(os.sep, "_")
+        members.append((name, member))
         swept.append({field for field, _ in choice})
     if (small := set().union(*swept) & {*experiment.SMOKE}) and config.smoke:
         raise ValueError(

@@ -1,7 +1,6 @@
 """The training loop: for each step, train; now and then, log, evaluate, save."""
 
 import contextlib
-import fcntl
 import os
 import shlex
 import signal
@@ -26,8 +25,6 @@ from rkd_jax.models import _conv
 
 # Fields that say where things lie, or how they are brought to the device, not what is computed.
 ELSEWHERE = ("data_dir", "teacher_checkpoint", "student_checkpoint", "checkpoint_seconds", "stream")
-# What was in effect before there were fields for it.
-BEFORE = {"optimizer": "sgd", "schedule": "step", "lr_warmup_epochs": 0.0}
 # Fields that a run may go on with in another value.
 SPOKEN = ("log_every", "eval_batch_size")
 # Fields that students of one program may have of their own, beside those of their methods.
@@ -321,8 +318,9 @@ def _smaller(students: Sequence[Student]) -> str:
 
 def _begun(workdir: Path) -> bool:
     """Whether a folder holds a network or a checkpoint of a run."""
-    names = {path.name for path in (*workdir.glob("*"), *workdir.glob("checkpoints/*"))}
-    return any(name in ("best", "last", "summary.json") or name.isdigit() for name in names)
+    files = ("best/metadata.json", "last/metadata.json", "summary.json")
+    states = (path.name.isdigit() for path in workdir.glob("checkpoints/*"))
+    return any((workdir / name).exists() for name in files) or any(states)
 
 
 def _release(workdir: Path) -> None:
@@ -341,8 +339,8 @@ def _computed(runs: Sequence[experiment.Experiment], folders: Sequence[Path]) ->
     facts: dict[str, Any] = {"the number of runs": len(runs)}
     for run, folder in zip(runs, folders, strict=True):
         found = {f"config.{name}": value for name, value in run.config.items() if name not in ELSEWHERE}
+        found["the digest of the images of config.dataset"] = found.pop("config.data_fingerprint")
         found["whether the set is streamed (config.stream)"] = feed.streams(run.config["stream"], run.splits.train)
-        found["the digest of the images of config.dataset"] = experiment.data_fingerprint(run.splits)
         facts |= {f"{folder.name}: {name}" if len(runs) > 1 else name: value for name, value in found.items()}
     return facts
 
@@ -395,7 +393,7 @@ def _restore(students: Sequence[Student]) -> int:
 
     ValueError where they had such steps, and all turn out to be damaged.
     """
-    step = 0
+    damaged: set[Path] = set()
     while common := set.intersection(*(set(student.saved()) for student in students)):
         step = max(common)
         found = [student.read(step) for student in students]
@@ -403,29 +401,33 @@ def _restore(students: Sequence[Student]) -> int:
             for student, (state, progress) in zip(students, found, strict=True):
                 student.state, student.progress = state, progress
             return step
-    if step:
+        damaged |= {student.workdir for student, whole in zip(students, found, strict=True) if whole is None}
+    if damaged:
         raise ValueError(
-            f"{students[0].workdir}: no checkpoint is whole, and those that are not are set aside as damaged-STEP; the "
-            "same command now starts anew, and overwrites what else the run has left"
+            f"{' and '.join(map(str, sorted(damaged)))}: no checkpoint is whole, and those that are not are set aside "
+            "as damaged-STEP; the same command now starts anew there, and overwrites what else is left of the run"
         )
     return 0
 
 
 @contextlib.contextmanager
 def _locked(workdir: Path) -> Iterator[None]:
-    """Keeps the runs of other processes out of a folder, which is made; where its file system has no locks, nothing.
+    """Keeps other runs out of a folder, which is made; where it cannot be locked (NFS, Windows), nothing.
 
     The lock is on the folder itself, so that nothing of it is left behind, whatever becomes of the process.
     """
     with contextlib.ExitStack() as stack:
         try:
+            import fcntl  # which Windows has not
+
             workdir.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(workdir, os.O_RDONLY)
             stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a child of this process may have it open still
         except BlockingIOError:
-            raise ValueError(f"--workdir={workdir}: another process trains there; wait for it, or stop it") from None
-        except OSError:
+            raise ValueError(f"--workdir={workdir}: another run trains there; wait for it, or stop it") from None
+        except (OSError, ImportError):
             pass  # what cannot be written is told by `claim`
         yield
 
@@ -436,17 +438,17 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> bool:
     Raises ValueError where it holds another config's run, naming the differences, or something else.
     """
     path = workdir / "config.json"
-    if (workdir / "metadata.json").exists():
-        raise ValueError(f"--workdir={workdir} is the folder of a network, not of a run; name another")
-    if not path.exists() and _begun(workdir):
-        raise ValueError(f"--workdir={workdir} holds a run, but no config.json that says of what; {PUT_BACK}")
     try:
+        if (workdir / "metadata.json").exists():
+            raise ValueError(f"--workdir={workdir} is the folder of a network, not of a run; name another")
+        if not path.exists() and _begun(workdir):
+            raise ValueError(f"--workdir={workdir} holds a run, but no config.json that says of what; {PUT_BACK}")
         workdir.mkdir(parents=True, exist_ok=True)
         if free := not path.exists():
             _files.write_json(path, config)
         elif not os.access(workdir, os.W_OK):
             raise PermissionError("no permission")
-        there, config = ({**BEFORE, **known} for known in (_files.read_json(path, PUT_BACK), config))
+        there, config = ({**experiment.BEFORE, **known} for known in (_files.read_json(path, PUT_BACK), config))
     except OSError as error:
         raise OSError(f"--workdir={workdir} cannot be written ({error}); name another") from error
     there.setdefault("data_fingerprint", config.get("data_fingerprint"))  # of a run from before it was noted

@@ -249,6 +249,11 @@ def test_spread_over_seeds():
     assert runs.over_seeds([row("lam=1", 1.0, 1.0), row("lam=2", 1.0, 1.0)]) == []
 
 
+def test_a_swept_path_is_one_folders_name(tiny):
+    config = tiny(sweep="student_checkpoint=runs/a/best,runs/b/best")
+    assert [name for name, _ in runs.expand(config)] == [f"student_checkpoint=runs_{x}_best" for x in "ab"]
+
+
 def test_sweep_of_what_smoke_sets_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"config\.smoke sets config\.batch_size itself"):
         runs.run(tiny(sweep="batch_size=4,8", smoke=True), tmp_path / "run")

@@ -290,6 +290,9 @@ def test_workdir_that_holds_something_else_is_refused(tiny, finished, small_teac
     workdir = shutil.copytree(finished(config)[0], tmp_path / "run")
     # What the same command, or another, would go on with.
     (workdir / "config.json").unlink()
+    for name in ("7", "best/part"):  # of another kind
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert train.claim(tmp_path / "runs", {})
     for lost in (["best", "last"], ["summary.json"], ["checkpoints"]):
         with pytest.raises(ValueError, match=r"holds a run, but no config\.json that says of what; put it back"):
             train.train_and_evaluate(config, workdir)
@@ -300,17 +303,30 @@ def test_workdir_that_holds_something_else_is_refused(tiny, finished, small_teac
 
 
 def test_a_workdir_in_which_another_process_trains_is_left_alone(tiny, tmp_path):
-    config = tiny(checkpoint_seconds=0.0)
+    config = tiny(checkpoint_seconds=0.0, num_steps=100)
     process = start(config, tmp_path / "run")
-    wait_for_step(process, 4)
-    process.send_signal(signal.SIGSTOP)
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    with pytest.raises(ValueError, match=r"run: another process trains there; wait for it, or stop it"):
-        train.train_and_evaluate(config, tmp_path / "run")
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before != ""
-    process.kill()  # which takes the lock along
-    process.wait()
-    assert train.train_and_evaluate(config, tmp_path / "run")["last"]["step"] == 12
+    try:
+        wait_for_step(process, 4)
+        process.send_signal(signal.SIGSTOP)
+        before = (tmp_path / "run" / "metrics.jsonl").read_text()
+        with pytest.raises(ValueError, match=r"run: another run trains there; wait for it, or stop it"):
+            train.train_and_evaluate(config, tmp_path / "run")
+        assert (tmp_path / "run" / "metrics.jsonl").read_text() == before != ""
+    finally:
+        process.kill()  # which takes the lock along
+        process.wait()
+    assert train.train_and_evaluate(config, tmp_path / "run")["last"]["step"] == 100
+
+
+def test_a_runs_record_is_a_config_that_can_be_changed(tiny, small_teacher, tmp_path):
+    begun = experiment.build(tiny(student_checkpoint=str(small_teacher))).config
+    assert experiment.build(ConfigDict(begun)).config == begun
+    assert "student_fingerprint" not in experiment.build(ConfigDict(begun | {"student_checkpoint": ""})).config
+    fields = dict.fromkeys(("alpha", "beta", "temperature", "standardize"))
+    alone = experiment.build(ConfigDict(begun | fields | {"method": "cross_entropy"})).config
+    assert alone["teacher_fingerprint"] == ""
+    taught = {name: value for name, value in alone.items() if name != "student_checkpoint"}  # an older run's
+    assert experiment.build(ConfigDict(taught | {"method": "kd"})).config["teacher_fingerprint"]
 
 
 def test_images_that_change_beneath_a_run_are_noticed(tiny, tmp_path):
@@ -331,9 +347,7 @@ def test_images_that_change_beneath_a_run_are_noticed(tiny, tmp_path):
     draw(5)  # in place of others
     with pytest.raises(ValueError, match=r"config\.data_fingerprint: '\w{16}' there, '\w{16}' here \(other images\)"):
         train.train_and_evaluate(config, workdir)
-    with pytest.raises(
-        ValueError, match=r"config\.data_fingerprint='\w+' is of a run with other images than now, '\w+'"
-    ):
+    with pytest.raises(ValueError, match=r"config\.data_fingerprint='\w+' is of a run with other images than now, '"):
         experiment.build(ConfigDict(record))
     # A run from before this was noted.
     (workdir / "config.json").write_text(json.dumps({k: v for k, v in record.items() if k != "data_fingerprint"}))
@@ -343,7 +357,7 @@ def test_images_that_change_beneath_a_run_are_noticed(tiny, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "test").rename(tmp_path / "set" / "test")
     for smoke in (False, True):
-        with pytest.raises(ValueError, match=r"config\.dataset='folder:.*' has no training images, but test/ alone"):
+        with pytest.raises(ValueError, match=r"config\.dataset='folder:.*' has images to test on alone; add train/"):
             experiment.build(tiny(**fields, smoke=smoke))
 
 
@@ -363,19 +377,22 @@ def test_a_state_of_other_arrays_is_no_damaged_one(tiny, tmp_path, monkeypatch):
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_stops_before_it_starts_anew(tiny, tmp_path, monkeypatch):
-    config = tiny(num_steps=4)
+    members = [(tiny(num_steps=4, learning_rate=rate), tmp_path / name) for rate, name in ((0.01, "a"), (0.02, "b"))]
     with monkeypatch.context() as patch:
         patch.setattr(train.Student, "finish", lambda *_, **__: None)
-        train.train_and_evaluate(config, tmp_path / "run")
-    before = (tmp_path / "run" / "metrics.jsonl").read_text()
-    for path in (tmp_path / "run" / "checkpoints" / "4" / "state").rglob("*"):
+        train.train_together(members)
+    before = (tmp_path / "b" / "metrics.jsonl").read_text()
+    for path in (tmp_path / "b" / "checkpoints" / "4" / "state").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no checkpoint is whole, .* set aside as damaged-STEP; the same command now"):
-        train.train_and_evaluate(config, tmp_path / "run")
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
-    assert (tmp_path / "run" / "damaged-4").is_dir()
-    assert train.train_and_evaluate(config, tmp_path / "run")["last"]["step"] == 4
+    with pytest.raises(
+        ValueError, match=r"/b: no checkpoint is whole, .* as damaged-STEP; the same command now"
+    ) as said:
+        train.train_together(members)
+    assert str(tmp_path / "a") not in str(said.value)
+    assert (tmp_path / "b" / "metrics.jsonl").read_text() == before
+    assert (tmp_path / "b" / "damaged-4").is_dir()
+    assert [summary["last"]["step"] for summary in train.train_together(members)] == [4, 4]
 
 
 def test_workdir_that_cannot_be_written(tiny, tmp_path):
@@ -481,7 +498,9 @@ def test_what_the_numbers_come_from_is_told_apart(tiny, tmp_path):
     assert facts == train._computed([same], [tmp_path])
     labels = run.splits.train.labels.copy()
     labels[3] += 1
-    other = run._replace(splits=run.splits._replace(train=run.splits.train._replace(labels=labels)))
+    splits = run.splits._replace(train=run.splits.train._replace(labels=labels))
+    assert run.config["data_fingerprint"] == experiment.data_fingerprint(run.splits)
+    other = run._replace(config=run.config | {"data_fingerprint": experiment.data_fingerprint(splits)})
     (changed,) = (name for name, value in train._computed([other], [tmp_path]).items() if facts[name] != value)
     assert changed == "the digest of the images of config.dataset"
     both = train._computed([run, other], [tmp_path / "a", tmp_path / "b"])

@@ -73,9 +73,10 @@ def subset(split: Split, count: int | None, field: str = "count", what: str = "i
     """`count` images of a split, the same ones every time and in the split's order; None: all of them.
 
     The first image of every class comes first, then every class's second and so on, so that class counts differ by
-    at most one as long as no class runs out. `field` and `what` word the ValueError for a count that does not fit.
+    at most one as long as no class runs out. A split without images stays as it is. `field` and `what` word the
+    ValueError for a count that does not fit.
     """
-    if count is None:
+    if count is None or not len(split.labels):
         return split
     if count < 1:
         raise ValueError(f"{field} is not positive; raise it, or leave it None for all {len(split.labels)} {what}")
@@ -102,7 +103,7 @@ def random(name: str, num_train: int, num_test: int, image_size: int | None = No
     if (known := form(name)) is None:
         whole = load(name, data_dir, image_size=image_size)
         train, test = (
-            subset(split, min(count, len(split.labels)) or None)
+            subset(split, min(count, len(split.labels)))
             for split, count in ((whole.train, num_train), (whole.test, num_test))
         )
         return whole._replace(train=train, test=test)

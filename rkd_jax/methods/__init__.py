@@ -147,7 +147,9 @@ def _create(method: type[Distiller], given: Mapping[str, Any], places: tuple[str
     made = method(**values)
     for name, weight in method.weighted_by.items():
         if name in given and weight not in given and not getattr(made, weight):
-            raise ValueError(f"config.{name}={given[name]!r} changes nothing until config.{weight} is set; set it, too")
+            raise ValueError(
+                f"config.{name}={given[name]!r} changes nothing until config.{weight} is set; set it, too (0: none)"
+            )
     return made
 
 

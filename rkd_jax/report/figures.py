@@ -12,6 +12,7 @@ best network, then. NAME=FOLDER gives the name in the figure.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import textwrap
@@ -99,8 +100,9 @@ def predict(texts: Sequence[str], images: np.ndarray, splits: data.Splits, flag:
     for text in texts:
         label, folder = named(text)
         network = evaluate.restore(network_folder(folder), images.shape[1:], splits, flag)
-        apply = jax.jit(network)
-        outputs = [apply(images[i : i + 500]) for i in range(0, len(images), 500)]
+        apply = jax.jit(lambda variables, batch, one=network: dataclasses.replace(one, variables=variables)(batch))
+        with jax.default_matmul_precision("highest"):  # as a run's tests have it
+            outputs = [apply(network.variables, images[i : i + 500]) for i in range(0, len(images), 500)]
         values = zip(*((each.logits, each.embedding) for each in outputs), strict=True)
         logits, embedding = (None if each[0] is None else np.concatenate([*map(np.asarray, each)]) for each in values)
         found.append(Predicted(label, logits, embedding))
