@@ -103,6 +103,13 @@ def test_kernels_of_the_docs_are_those_of_results():
     assert gpu_program.table(found["steps"]) in (ROOT / "docs" / "speed.md").read_text()
 
 
+def test_table_of_a_tpus_program_is_that_of_results():
+    from benchmarks import tpu_program
+
+    found = json.loads((ROOT / "results" / "tpu_program.json").read_text())
+    assert tpu_program.table(found["steps"]) in (ROOT / "docs" / "speed.md").read_text()
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("fair_ablation_*.json")), ids=lambda path: path.stem)
 def test_ablation_of_the_docs_is_that_of_results(path):
     from benchmarks import fair_ablation
