@@ -303,7 +303,7 @@ def test_workdir_that_holds_something_else_is_refused(tiny, finished, small_teac
 
 
 def test_a_workdir_in_which_another_process_trains_is_left_alone(tiny, tmp_path):
-    config = tiny(checkpoint_seconds=0.0, num_steps=100)
+    config = tiny(checkpoint_seconds=0.0, num_steps=30)
     process = start(config, tmp_path / "run")
     try:
         wait_for_step(process, 4)
@@ -315,7 +315,7 @@ def test_a_workdir_in_which_another_process_trains_is_left_alone(tiny, tmp_path)
     finally:
         process.kill()  # which takes the lock along
         process.wait()
-    assert train.train_and_evaluate(config, tmp_path / "run")["last"]["step"] == 100
+    assert train.train_and_evaluate(config, tmp_path / "run")["last"]["step"] == 30
 
 
 def test_a_runs_record_is_a_config_that_can_be_changed(tiny, small_teacher, tmp_path):
