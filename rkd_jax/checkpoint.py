@@ -277,10 +277,11 @@ class Checkpoints:
         except Exception:  # it is damaged, as reading it will tell
             return
         for name in {**here, **there}:
-            if (pair := tuple(side.get(name, "nothing") for side in (there, here)))[0] != pair[1]:
+            was, now = (forms.get(name, "nothing") for forms in (there, here))
+            if was != now:
                 raise ValueError(
-                    f"{self._folder / str(step)} has {name} as {pair[0]}, where it is {pair[1]} now: the code of the "
-                    "method, the student or the optimizer is not what it was. Undo that, or name another --workdir"
+                    f"{self._folder / str(step)} has {name} as {was}, where it is {now} now: the code of the method, "
+                    "the student or the optimizer is not what it was. Undo that, or name another --workdir"
                 )
 
     def drop_after(self, step: int) -> None:

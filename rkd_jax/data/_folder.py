@@ -26,8 +26,10 @@ def load(path: str, image_size: int | None = None) -> Splits:
     held_out = next((root / name for name in HELD_OUT if (root / name).is_dir()), None)
     if held_out and (root / "train").is_dir():
         parts = [root / "train", held_out]
-    else:  # the held out part, where nothing is beside it
-        parts = [held_out] if held_out and _classes(root) == [held_out.name] and _classes(held_out) else [root]
+    elif held_out and _classes(root) == [held_out.name] and _classes(held_out):  # and nothing beside it
+        parts = [held_out]
+    else:
+        parts = [root]
     if not held_out and (root / "train").is_dir() and _classes(root / "train"):
         others = ", ".join(f"{name}/" for name in HELD_OUT[1:])
         raise ValueError(
