@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
     config.sweep = ""  # "lam=0.1,1,5" or "eps=1,0.1 seed=0,1": all these students in one program, with one teacher
     config.dtype = "float32"  # of the networks' arithmetic in training, or "bfloat16"; tests and losses stay float32
     config.stream = placeholder(bool)  # read each batch from the host; None: where the set fills half of a device
-    config.steps_per_call = placeholder(int)  # steps that the device does without the host; None: 10, on CPU 1
+    config.steps_per_call = placeholder(int)  # that the device does without the host; None: 10 at most, on CPU 1
     config.log_every = 50  # steps; training metrics are means over so many
     config.eval_epochs = 1.0  # epochs from one evaluation to the next
     config.eval_batch_size = 500

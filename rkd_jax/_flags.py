@@ -23,7 +23,7 @@ def positive(text: str) -> int:
 
 def names_config(argv: list[str]) -> bool:
     """Whether a command line names a config, and not only fields of one."""
-    return any(argument.lstrip("-").split("=")[0] == "config" for argument in argv)
+    return any(re.match("--?config(=|$)", argument) for argument in argv[1:])
 
 
 def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> list[str]:

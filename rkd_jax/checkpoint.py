@@ -262,6 +262,8 @@ class Checkpoints:
             if _checksum(found.state) != found.record["checksum"]:
                 raise ValueError("its checksum does not match")
             return found.state, found.record["progress"]
+        except (MemoryError, PermissionError):  # which say nothing about the file
+            raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
             logging.warning(
                 "checkpoint %s is damaged and set aside (%s); trying the one before it",

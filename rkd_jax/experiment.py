@@ -21,8 +21,6 @@ MOST_SEED = 2**32 - 1  # jax.random.key would drop the bits above
 SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_every": 2, "eval_batch_size": 16}
 # The fields, beside those of methods, that may be None.
 UNSET = ("image_size", "num_train", "num_test", "num_steps", "steps_per_call", "data_seed", "fold_teacher", "stream")
-# What was in effect before there were fields for it: of older runs.
-BEFORE = {"optimizer": "sgd", "schedule": "step", "lr_warmup_epochs": 0.0, "student_checkpoint": ""}
 FALLS = ("decay_epochs", "decay_factor")  # what the schedule "step" takes
 # Values that do nothing, of the fields that an optimizer or a schedule may not take.
 NEUTRAL = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "decay_epochs": (), "decay_factor": 1.0}
@@ -129,7 +127,7 @@ class Fields:
 
 def build(config: ConfigDict) -> Experiment:
     """Loads and creates what the config names; ValueError or FileNotFoundError, naming the field, where it cannot."""
-    values = BEFORE | shrink(config)
+    values = shrink(config)
     fields = Fields(values)
 
     method = create_method(config)
@@ -176,22 +174,7 @@ def build(config: ConfigDict) -> Experiment:
         teacher_normalization=steps.Normalization(tuple(metadata["mean"]), tuple(metadata["std"])) if teacher else None,
     )
     fields.one_of("view_reduction", ("sum", "mean"))
-    if not 0 < fields.eval_epochs < math.inf:
-        raise ValueError(
-            f"config.eval_epochs={fields.eval_epochs} is no number of epochs; take, say, 1.0, or as many as "
-            "config.num_epochs to test at the end alone"
-        )
-    # XLA's convolutions on CPU are 20 times slower inside a loop.
-    default_steps_per_call = 1 if jax.default_backend() == "cpu" else 10
-    loop = Loop(
-        steps_per_call=default_steps_per_call
-        if fields.steps_per_call is None
-        else fields.at_least("steps_per_call", 1),
-        log_every=fields.at_least("log_every", 1),
-        eval_every=max(1, round(fields.eval_epochs * steps_per_epoch)),
-        eval_batch_size=fields.at_least("eval_batch_size", 1),
-        checkpoint_seconds=fields.at_least("checkpoint_seconds", 0),
-    )
+    loop = _loop(fields, steps_per_epoch)
     fields.at_least("seed", 0, MOST_SEED)
     if fields.data_seed is not None:
         fields.at_least("data_seed", 0, MOST_SEED)
@@ -217,6 +200,32 @@ def build(config: ConfigDict) -> Experiment:
     resolved = json.loads(json.dumps(resolved))
     networks = student, student_variables, teacher, teacher_variables
     return Experiment(resolved, splits, *networks, method, recipe, loop, schedule, method.wrap_optimizer(tx))
+
+
+def _loop(fields: Fields, steps_per_epoch: int) -> Loop:
+    if not 0 < fields.eval_epochs < math.inf:
+        raise ValueError(
+            f"config.eval_epochs={fields.eval_epochs} is no number of epochs; take, say, 1.0, or as many as "
+            "config.num_epochs to test at the end alone"
+        )
+    log_every, eval_every = fields.at_least("log_every", 1), max(1, round(fields.eval_epochs * steps_per_epoch))
+    most = min(log_every, eval_every, steps_per_epoch)  # a call ends with each of them
+    # XLA's convolutions on CPU are 20 times slower inside a loop.
+    steps_per_call = min(most, 1 if jax.default_backend() == "cpu" else 10)
+    if fields.steps_per_call is not None:
+        steps_per_call = fields.at_least("steps_per_call", 1)
+        if steps_per_call > most and not fields.smoke:
+            raise ValueError(
+                f"config.steps_per_call={steps_per_call} is more than the {most} steps between two logs "
+                "(config.log_every), tests (config.eval_epochs) or in an epoch; lower it, or raise those"
+            )
+    return Loop(
+        steps_per_call=min(most, steps_per_call),
+        log_every=log_every,
+        eval_every=eval_every,
+        eval_batch_size=fields.at_least("eval_batch_size", 1),
+        checkpoint_seconds=fields.at_least("checkpoint_seconds", 0),
+    )
 
 
 def data_fingerprint(splits: data.Splits) -> str:

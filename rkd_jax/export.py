@@ -230,10 +230,9 @@ def run(args: argparse.Namespace) -> None:
     pixels = _images(args, shape)
     args.output.mkdir(parents=True, exist_ok=True)
     facts = export.signature() | {"platforms of network.jaxexport": PLATFORMS}
-    facts["fingerprint"] = metadata.get("fingerprint")
+    facts |= {name: metadata.get(name) for name in ("fingerprint", "class_names")}
     path = args.output / "network.json"
     files = _described(path, facts)
-    facts["class_names"] = metadata.get("class_names")
     for kind in formats:
         name = FORMATS[kind].file
         files.pop(name, None)
@@ -246,7 +245,6 @@ def _described(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     try:
         there = json.loads(path.read_text())
         files = there.pop("files")
-        there.pop("class_names", None)  # which an older one lacks
     except (FileNotFoundError, ValueError, KeyError):
         return {}
     return files if there == json.loads(json.dumps(facts)) else {}

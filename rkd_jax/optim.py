@@ -29,7 +29,10 @@ def create_schedule(
     "cosine": learning_rate (1 + cos(pi step / num_steps)) / 2 (Loshchilov and Hutter 2017, arXiv:1608.03983).
     """
     if name == "step":
-        boundaries = {round(epoch * steps_per_epoch): decay_factor for epoch in decay_epochs}
+        boundaries: dict[int, float] = {}
+        for epoch in decay_epochs:  # two may fall into one step
+            step = round(epoch * steps_per_epoch)
+            boundaries[step] = boundaries.get(step, 1.0) * decay_factor
         schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
     else:
         schedule = optax.cosine_decay_schedule(learning_rate, num_steps)

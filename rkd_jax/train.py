@@ -448,10 +448,9 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> bool:
             _files.write_json(path, config)
         elif not os.access(workdir, os.W_OK):
             raise PermissionError("no permission")
-        there, config = ({**experiment.BEFORE, **known} for known in (_files.read_json(path, PUT_BACK), config))
+        there = _files.read_json(path, PUT_BACK)
     except OSError as error:
         raise OSError(f"--workdir={workdir} cannot be written ({error}); name another") from error
-    there.setdefault("data_fingerprint", config.get("data_fingerprint"))  # of a run from before it was noted
     names = [name for name in {**there, **config} if name not in ELSEWHERE + SPOKEN]
     means = {name: f" ({what})" for name, what in experiment.FINGERPRINTS.items()}
     differences = [
@@ -555,6 +554,7 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails where the tree is another project's
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("RKD_JAX_COMMIT")

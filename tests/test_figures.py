@@ -217,6 +217,11 @@ def test_errors_name_the_flag(arguments, message, teacher, student, tmp_path):
         figures.main([argument.format(**places) for argument in arguments])
 
 
+def test_runs_whose_logs_alone_differ_are_compared(tmp_path):
+    records = [figures.load_record(str(run(tmp_path / f"{i}", lam=float(i), log_every=i))) for i in (1, 2)]
+    assert figures.sweep(records, "lam") == [1.0, 2.0]
+
+
 def test_class_names_come_from_the_data(tmp_path):
     digits = data.load("digits")
     assert figures.class_names(digits) == [*"0123456789"]

@@ -24,6 +24,10 @@ def test_schedule_is_the_papers():
     np.testing.assert_allclose(found, [0.025, 0.025, 2.5e-3, 2.5e-3, 2.5e-4, 2.5e-4, 2.5e-5, 2.5e-5], rtol=1e-6)
 
 
+def test_epochs_that_fall_into_one_step_both_count():
+    np.testing.assert_allclose(rates("step", (9, 10, 11), decay_epochs=(1.0, 1.02, 1.1)), [0.025, 2.5e-4, 2.5e-5])
+
+
 def test_cosine_is_pytorchs():
     torch = pytest.importorskip("torch")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
@@ -101,6 +105,10 @@ def noisy(learning_rate):
     return optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(learning_rate))
 
 
+def two_traces(learning_rate, momentum):
+    return optax.chain(optax.trace(momentum), optax.sgd(learning_rate, momentum))
+
+
 def test_own_optimizer_is_given_what_it_takes():
     tx = optim.create_optimizer("test_optim:clipped", lambda step: 0.5, momentum=0.9)
     updates, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
@@ -154,9 +162,12 @@ def test_run_by_another_optimizer_goes_on(tiny, tmp_path, stopped, capsys):
             r"config\.method='dot' splits the momentum of SGD, and there is none; set config\.momentum=0\.9 and "
             r"config\.optimizer='sgd'",
         ),
-        (
-            {"optimizer": "test_optim:clipped", "method": "dot", "weight_decay": 0.0},
-            r"config\.method='dot' splits the momentum of plain SGD, .*; set config\.optimizer='sgd'",
+        *(
+            (
+                {"optimizer": f"test_optim:{name}", "method": "dot", "weight_decay": 0.0},
+                r"config\.method='dot' splits the momentum of plain SGD, .*; set config\.optimizer='sgd'",
+            )
+            for name in ("clipped", "two_traces")
         ),
         (
             {"optimizer": "optax:lbfgs", "weight_decay": 0.0},
@@ -175,17 +186,3 @@ def test_optimizers_side_by_side(tiny, tmp_path):
     fields = {"sweep": "optimizer=sgd,test_optim:by_groups schedule=step,cosine", "weight_decay": 0.0, "num_steps": 3}
     rows = runs.sweep(tiny(**fields), tmp_path)
     assert len({row["last"]["loss"] for row in rows}) == 4
-
-
-@pytest.mark.usefixtures("fast_compile")
-def test_run_from_before_these_fields_is_known(tiny, tmp_path):
-    config = tiny(num_steps=1)
-    runs.distil(config, tmp_path)
-    path = tmp_path / "config.json"
-    there = json.loads(path.read_text())
-    for name in ("optimizer", "schedule", "lr_warmup_epochs"):
-        del there[name]
-    path.write_text(json.dumps(there))
-    runs.distil(config, tmp_path)
-    with pytest.raises(ValueError, match=r"config\.schedule: 'step' there, 'cosine' here"):
-        runs.distil(tiny(num_steps=1, schedule="cosine"), tmp_path)

@@ -191,6 +191,18 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog
     states.close()
 
 
+def test_a_checkpoint_for_which_memory_does_not_suffice_is_not_set_aside(tmp_path, monkeypatch):
+    tree = {"a": np.arange(5.0)}
+    states = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    states.save(1, tree, {})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_checksum", lambda tree: bytearray(1 << 62))
+        with pytest.raises(MemoryError):
+            states.restore(tree, 1)
+    assert states.restore(tree, 1)[0]["a"].tolist() == tree["a"].tolist()
+    states.close()
+
+
 @pytest.mark.parametrize("damage", ["cut", "lost"])
 def test_checkpoint_cut_short_or_with_a_lost_file(tmp_path, damage, caplog):
     tree = {"a": np.random.default_rng(0).normal(size=50_000)}
@@ -256,6 +268,33 @@ def test_run_goes_on_with_another_log_every(tiny, tmp_path, monkeypatch):
     train.train_and_evaluate(tiny(log_every=2, eval_batch_size=7), tmp_path / "run")
     lines = [record["step"] for record in records(tmp_path / "run") if record["kind"] == "train"]
     assert lines == [3, 6, 9, 10, 12]
+
+
+def test_steps_of_a_call_that_no_call_would_have_are_refused(tiny):
+    assert experiment.build(tiny(steps_per_call=3)).loop.steps_per_call == 3  # log_every is 3
+    with pytest.raises(ValueError, match=r"config\.steps_per_call=4 is more than the 3 steps between two .*log_every"):
+        experiment.build(tiny(steps_per_call=4))
+    with pytest.raises(ValueError, match=r"config\.steps_per_call=9 is more than the 8 steps .*epoch"):
+        experiment.build(tiny(steps_per_call=9, log_every=50))
+    assert experiment.build(tiny(steps_per_call=4, smoke=True)).loop.steps_per_call == 2
+
+
+def test_commit_of_another_project_is_none_of_ours(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    package = tmp_path / "site-packages" / "rkd_jax"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(train, "__file__", str(package / "train.py"))
+    monkeypatch.setenv("RKD_JAX_COMMIT", "named")
+    git("init")
+    git("commit", "--allow-empty", "-m", "another project")
+    assert train._commit() == "named"
+    (package / "train.py").write_text("")
+    git("add", ".")
+    git("commit", "-m", "this one")
+    assert len(train._commit()) == 40
 
 
 def test_command_of_a_prompt_is_python(monkeypatch):
@@ -325,8 +364,7 @@ def test_a_runs_record_is_a_config_that_can_be_changed(tiny, small_teacher, tmp_
     fields = dict.fromkeys(("alpha", "beta", "temperature", "standardize"))
     alone = experiment.build(ConfigDict(begun | fields | {"method": "cross_entropy"})).config
     assert alone["teacher_fingerprint"] == ""
-    taught = {name: value for name, value in alone.items() if name != "student_checkpoint"}  # an older run's
-    assert experiment.build(ConfigDict(taught | {"method": "kd"})).config["teacher_fingerprint"]
+    assert experiment.build(ConfigDict(alone | {"method": "kd"})).config["teacher_fingerprint"]
 
 
 def test_images_that_change_beneath_a_run_are_noticed(tiny, tmp_path):
@@ -349,9 +387,6 @@ def test_images_that_change_beneath_a_run_are_noticed(tiny, tmp_path):
         train.train_and_evaluate(config, workdir)
     with pytest.raises(ValueError, match=r"config\.data_fingerprint='\w+' is of a run with other images than now, '"):
         experiment.build(ConfigDict(record))
-    # A run from before this was noted.
-    (workdir / "config.json").write_text(json.dumps({k: v for k, v in record.items() if k != "data_fingerprint"}))
-    train.train_and_evaluate(config, workdir)
     # What is there to be tested on alone is not trained on.
     (tmp_path / "set").rename(tmp_path / "test")
     (tmp_path / "set").mkdir()

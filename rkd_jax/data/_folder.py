@@ -14,6 +14,7 @@ from rkd_jax.data import _prepared
 from rkd_jax.data.base import Split, Splits, moments
 
 HELD_OUT = ("test", "val", "valid", "validation")
+SPLITS = ("train", "training", *HELD_OUT, "testing", "dev", "eval")  # what others call the parts of a set
 DEEP = ("I", "F")  # PIL's modes, or how they begin, of more than 8 bits: its conversion to RGB clips them at 255
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -37,6 +38,11 @@ def load(path: str, image_size: int | None = None) -> Splits:
             f"{others}); add it, or name folder:{root / 'train'}, of which every tenth image is then held out"
         )
     classes = _classes(parts[0])
+    if parts == [root] and classes and all(name.lower() in SPLITS and _classes(root / name) for name in classes):
+        raise ValueError(
+            f"config.dataset='folder:{path}': {' and '.join(classes)} look like parts of a set, not like classes; "
+            "name them train/ and test/"
+        )
     files = [_files(part, classes) for part in parts]
     shape = _shape([file for part in files for file, _ in part], image_size)
     splits = [

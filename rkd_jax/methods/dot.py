@@ -109,7 +109,7 @@ def two_momenta(tx: optax.GradientTransformation, delta: float) -> optax.Gradien
 def momentum_of(tx: optax.GradientTransformation) -> float:
     """The momentum of an SGD optimizer, read off what a gradient of 1 leaves in its trace after another step.
 
-    ValueError where it has none, or where a large gradient does not go into the trace as it is: clipped, or scaled.
+    ValueError where it has no trace or several, or a large gradient does not go into it as it is: clipped, or scaled.
     """
     traces = []
     with jax.ensure_compile_time_eval():
@@ -118,16 +118,15 @@ def momentum_of(tx: optax.GradientTransformation) -> float:
             state = tx.init(params)
             for gradient in (first, 0.0):
                 _, state = tx.update(jnp.float32(gradient), state, params)
-                traces.append(optax.tree_utils.tree_get(state, "trace"))
-    trace = traces[1]
-    if trace is None:
+                traces.append([trace for _, trace in optax.tree_utils.tree_get_all_with_path(state, "trace")])
+    if not traces[0]:
         raise ValueError(
             "config.method='dot' splits the momentum of SGD, and there is none; set config.momentum=0.9 and "
             "config.optimizer='sgd'"
         )
-    if (float(traces[0]), float(traces[2])) != (1.0, 1e6):
+    if traces[0] != [1.0] or traces[2] != [1e6]:
         raise ValueError(
             "config.method='dot' splits the momentum of plain SGD, and this optimizer gathers the gradients in another "
             "way; set config.optimizer='sgd'"
         )
-    return round(float(trace), 6)
+    return round(float(traces[1][0]), 6)

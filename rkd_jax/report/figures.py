@@ -299,7 +299,7 @@ def sweep(records: Sequence[Mapping[str, Any]], field: str) -> list[float]:
     configs = [record["config"] for record in records]
     if any(field not in config for config in configs):
         raise ValueError(f"--runs: one of them is of a method without {field}; name runs of ranking_alignment alone")
-    for name in sorted(set().union(*configs) - {field, "seed", *train.ELSEWHERE}):
+    for name in sorted(set().union(*configs) - {field, "seed", *train.ELSEWHERE, *train.SPOKEN}):
         values = {json.dumps(config.get(name)) for config in configs}
         if len(values) > 1:
             raise ValueError(
