@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 
 from configs import cifar100_res56_res20
-from rkd_jax import _files, _memory, losses, train
+from rkd_jax import _files, _memory, losses, provenance, train
 from rkd_jax.methods import base
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,12 +98,12 @@ def main():
         "rows": rows,
         "trained_at": summaries[0]["commit"],
         "seconds": summaries[0]["seconds"],
-        **train.provenance(),
+        **provenance.record(),
     }
     if set(SAME) <= set(flags.losses):
         ours, theirs = (losses_of(folders[name, flags.first_seed] / "metrics.jsonl") for name in SAME)
         record["same_run"] = {step: abs(ours[step] / theirs[step] - 1) for step in sorted(ours)}
-    flags.output.write_text(json.dumps(record, indent=1) + "\n")
+    _files.write_json(flags.output, record)
     found = table(records(flags.output))
     page, (start, end) = ROOT / "docs" / "findings.md", marks(flags.output)
     before, there, rest = page.read_text().partition(start)

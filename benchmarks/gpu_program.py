@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rkd_jax import experiment, steps, train
+from rkd_jax import _files, experiment, provenance, steps
 
 H100 = """
 gpu_device_info {
@@ -56,10 +56,10 @@ def main():
     flags = parser.parse_args()
     mesh = describe()
     fields = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in flags.set)}
-    found = {"steps": {}, "provenance": train.provenance() | {"device": "none; compiled for NVIDIA H100 80GB HBM3"}}
+    found = {"steps": {}, "provenance": provenance.record() | {"device": "none; compiled for NVIDIA H100 80GB HBM3"}}
     for name in flags.configs:
         found["steps"][name] = tally(compiled(name, fields, mesh).as_text())
-    flags.output.write_text(json.dumps(found, indent=1) + "\n")
+    _files.write_json(flags.output, found)
     print(table(found["steps"]))
 
 

@@ -8,14 +8,13 @@ docs/methods.md, between its markers.
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
 import jax
 
 from configs import digits
-from rkd_jax import experiment, methods, runs, train
+from rkd_jax import _files, experiment, methods, provenance, runs, train
 from rkd_jax.report import cells
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,8 +56,8 @@ def main():
             "milliseconds_per_step": statistics.median(step),
             "config": summaries[0]["config"],
         }
-    record = {"rows": rows, "seeds": list(range(flags.seeds)), **train.provenance()}
-    flags.output.write_text(json.dumps(record, indent=1) + "\n")
+    record = {"rows": rows, "seeds": list(range(flags.seeds)), **provenance.record()}
+    _files.write_json(flags.output, record)
     page = ROOT / "docs" / "methods.md"
     before, rest = page.read_text().split(MARKERS[0])
     page.write_text(before + MARKERS[0] + table(record) + MARKERS[1] + rest.split(MARKERS[1])[1])

@@ -14,7 +14,6 @@ import argparse
 import datetime
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shlex
@@ -28,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rkd_jax import ranking, train
+from rkd_jax import _files, provenance, ranking
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ((64, 100), (128, 200), (1024, 100), (256, 1000))
@@ -59,7 +58,7 @@ def main():
                 print(describe(row), flush=True)
     if flags.output:
         flags.output.parent.mkdir(parents=True, exist_ok=True)
-        flags.output.write_text(json.dumps({**conditions(flags, peers), "rows": rows}, indent=1) + "\n")
+        _files.write_json(flags.output, {**conditions(flags, peers), "rows": rows})
 
 
 def compare(peers, shape, eps, backward, flags):
@@ -210,7 +209,7 @@ def conditions(flags, peers):
         "command": "python -m benchmarks.soft_rank " + shlex.join(sys.argv[1:]),
         "config": {"repeats": flags.repeats, "seconds": flags.seconds, "threads": 1},
         "seed": 0,
-        "commit": train.provenance()["commit"],
+        "commit": provenance.record()["commit"],
         "device": jax.devices()[0].device_kind + f", {processor()}, cores in use {len(os.sched_getaffinity(0))}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},

@@ -8,7 +8,6 @@ the estimate of XLA's own cost model, by which it schedules, of one step in bflo
 
 import argparse
 import collections
-import json
 import os
 import re
 from pathlib import Path
@@ -18,7 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from benchmarks import gpu_program
-from rkd_jax import train
+from rkd_jax import _files, provenance
 
 CHIPS = (1, 4)
 # A host that is not there.
@@ -36,12 +35,12 @@ def main():
     os.environ.update(HOST)
     jax.devices()  # the CPU's, before they are named a TPU's
     jax.default_backend = lambda: "tpu"
-    found = {"steps": {}, "provenance": train.provenance() | {"device": "none; compiled for TPU v5e"}}
+    found = {"steps": {}, "provenance": provenance.record() | {"device": "none; compiled for TPU v5e"}}
     for name in flags.configs:
         for chips in CHIPS:
             found["steps"][f"{name}, {chips}"] = step = tally(gpu_program.compiled(name, {}, describe(chips)))
             print(f"{name}, {chips}: {step}", flush=True)
-    flags.output.write_text(json.dumps(found, indent=1) + "\n")
+    _files.write_json(flags.output, found)
     print(table(found["steps"]))
 
 

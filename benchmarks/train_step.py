@@ -37,7 +37,7 @@ from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the GPU's memory too
 
-from rkd_jax import _memory
+from rkd_jax import _files, _memory, provenance
 
 if __name__ == "__main__":
     _memory.keep()
@@ -48,7 +48,7 @@ import numpy as np
 import torch
 
 from benchmarks import pil_views
-from rkd_jax import experiment, losses, methods, models, optim, steps, train
+from rkd_jax import experiment, losses, methods, models, optim, steps
 from rkd_jax.data import augment
 from rkd_jax.models import __main__ as networks
 from tests import torch_networks
@@ -87,11 +87,11 @@ def main():
         return alone(flags.alone, flags.pairs[0])
     found = json.loads(flags.output.read_text()) if flags.output.exists() else {}
     for pair in flags.pairs:
-        row = {stage: STAGES[stage](pair, flags) | {"provenance": train.provenance()} for stage in flags.stages}
+        row = {stage: STAGES[stage](pair, flags) | {"provenance": provenance.record()} for stage in flags.stages}
         print(json.dumps({stage: {k: v for k, v in row[stage].items() if k in SHOWN} for stage in row}, indent=1))
         found[pair] = found.get(pair, {}) | row
         flags.output.parent.mkdir(parents=True, exist_ok=True)
-        flags.output.write_text(json.dumps(found, indent=1) + "\n")
+        _files.write_json(flags.output, found)
     print(table(found))
     return None
 

@@ -2,14 +2,22 @@
 
 import json
 import os
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 
-def read_json(path: Path, mend: str = "remove it, and the same command makes it again") -> dict[str, Any]:
-    """A file of a run; ValueError, with the mend, where it is damaged."""
+def read_json(
+    path: Path, mend: str = "remove it, and the same command makes it again", needed: Set[str] = frozenset()
+) -> dict[str, Any]:
+    """A file of a run; ValueError, with the mend, where it is damaged, or has not all names that are `needed`."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+        if missing := needed - set(found):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return found
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); {mend}") from error
 

@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from rkd_jax import _devices
+from rkd_jax import _devices, _files, steps
 
 REQUIRED = {"network", "num_classes", "mean", "std"}  # of a network's metadata, for the reader needs them
 
@@ -93,14 +93,9 @@ def read_metadata(path: str | os.PathLike, field: str = "path") -> dict[str, Any
             f"name its WORKDIR/best{beside}."
         )
     try:
-        metadata = json.loads((path / "metadata.json").read_text())
-        if missing := REQUIRED - set(metadata):
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return metadata
+        return _files.read_json(path / "metadata.json", "convert or train it again", REQUIRED)
     except ValueError as error:
-        raise ValueError(
-            f"{field}: {path / 'metadata.json'} is damaged ({error}); convert or train it again"
-        ) from error
+        raise ValueError(f"{field}: {error}") from error
 
 
 def load_network(
@@ -183,21 +178,13 @@ def _restore_numpy(path: Path) -> Any:
         if not path.is_dir():
             raise FileNotFoundError("it has no variables/")
         if (found := checkpointer.metadata(path).item_metadata) is None:
-            raise ValueError("its variables/ say not what they hold")
+            raise ValueError("its variables/ lacks Orbax's metadata")
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found.tree)
         return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=arguments))
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _forms(tree: Any) -> dict[str, str]:
-    """Type and shape of each array of a tree, by its name: "params/student/conv1/kernel"."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
 
 
 def _checksum(tree: Any) -> int:
@@ -274,17 +261,19 @@ class Checkpoints:
             return None
 
     def _check_form(self, template: Any, step: int) -> None:
+        def form(leaf: Any) -> str:
+            return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
+
         try:
-            there, here = map(_forms, (self._manager.item_metadata(step)["state"].tree, template))
+            different = steps.difference(self._manager.item_metadata(step)["state"].tree, template, form)
         except Exception:  # it is damaged, as reading it will tell
             return
-        for name in {**here, **there}:
-            was, now = (forms.get(name, "nothing") for forms in (there, here))
-            if was != now:
-                raise ValueError(
-                    f"{self._folder / str(step)} has {name} as {was}, where it is {now} now: the code of the method, "
-                    "the student or the optimizer is not what it was. Undo that, or name another --workdir"
-                )
+        if different:
+            name, was, now = different
+            raise ValueError(
+                f"{self._folder / str(step)} has {name} as {was}, where it is {now} now: the code of the method, "
+                "the student or the optimizer is not what it was. Undo that, or name another --workdir"
+            )
 
     def drop_after(self, step: int) -> None:
         """Deletes the states of later steps: the run goes on from this one."""

@@ -211,7 +211,7 @@ def _under(found: Mapping[str, np.ndarray], name: str, prefix: str | None, label
 
 
 def _counts(state: Mapping[str, np.ndarray], name: str) -> tuple[int | None, int | None]:
-    """The class and channel counts that a state dict of network `name` has; None where its classifier, stem lack."""
+    """The class and channel counts that a state dict of network `name` has; None where that layer is missing."""
     small, large = _layout(name, 2, 1), _layout(name, 3, 3)
     shapes = [(state[key].shape, slot.shape, large[key].shape) for key, slot in small.items() if key in state]
     classes = [found[0] for found, a, b in shapes if found and a[0] != b[0]]

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from rkd_jax import _devices, _files, checkpoint, data, experiment, models, processes, steps, train
+from rkd_jax import _devices, _files, checkpoint, data, experiment, models, processes, provenance, run_folder, steps
 from rkd_jax.data import augment
 
 
@@ -89,15 +89,16 @@ def evaluate(config: ConfigDict, path: str | os.PathLike, field: str = "--workdi
 
 
 def recorded(path: Path, config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """The config of the run that trained a network, with some fields changed; apart from its run, `config` on its set.
+    """The config to test a network with: its run's, with `changes`.
 
-    It is `config`, which has the changes, where they name a data set, or the folder names none. ValueError where it
-    names one whose images can be had in any size, and no run beside it says in which.
+    For a network moved out of its run, it is `config` (which has the changes) on the data set that its metadata names;
+    where the changes name a data set, `config` as it is. ValueError where that set's images can be had in any size, and
+    nothing says in which.
     """
     if "dataset" in changes:
         return config
     if path.name in ("best", "last") and (file := path.parent / "config.json").is_file():
-        return ConfigDict({**_files.read_json(file, train.PUT_BACK), **changes})
+        return ConfigDict({**_files.read_json(file, run_folder.PUT_BACK), **changes})
     metadata = checkpoint.read_metadata(path, "--workdir")
     dataset = metadata.get("dataset", "")
     if not dataset:
@@ -151,7 +152,7 @@ def _run(config: ConfigDict, workdir: Path, changes: Mapping[str, Any] | None) -
         line = f"{path}: {result['network']}, {step}top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
         print(f"{line} ({images})")
     try:
-        _files.write_json(workdir / "evaluation.json", {"results": results, **train.provenance()})
+        _files.write_json(workdir / "evaluation.json", {"results": results, **provenance.record()})
     except OSError as error:  # a shared teacher may be read-only
         print(f"not written: {error}")
     return results

@@ -21,9 +21,9 @@ MOST_SEED = 2**32 - 1  # jax.random.key would drop the bits above
 SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_every": 2, "eval_batch_size": 16}
 # The fields, beside those of methods, that may be None.
 UNSET = ("image_size", "num_train", "num_test", "num_steps", "steps_per_call", "data_seed", "fold_teacher", "stream")
-FALLS = ("decay_epochs", "decay_factor")  # what the schedule "step" takes
+STEP_OPTIONS = ("decay_epochs", "decay_factor")  # what the schedule "step" takes
 # Values that do nothing, of the fields that an optimizer or a schedule may not take.
-NEUTRAL = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "decay_epochs": (), "decay_factor": 1.0}
+OFF = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "decay_epochs": (), "decay_factor": 1.0}
 # What a run's config.json has beside the fields, so that it is not gone on with from something else.
 FINGERPRINTS = {
     "teacher_fingerprint": "another network as its teacher",
@@ -121,8 +121,11 @@ class Fields:
         """ValueError where a field was not read."""
         for name in sorted(set(self._config) - self._read):
             near = difflib.get_close_matches(name, self._read, n=1, cutoff=0.75)
-            hint = f"did you mean {near[0]!r}?" if near else f"config.method={self._config.get('method')!r} has no such"
-            raise ValueError(f"config.{name} is read by nothing; {hint}")
+            hint = f"did you mean {near[0]!r}?" if near else "take it away"
+            raise ValueError(
+                f"config.{name} is no field of configs/default.py, nor a hyper-parameter of config.method="
+                f"{self._config.get('method')!r}; {hint}"
+            )
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -187,12 +190,8 @@ def build(config: ConfigDict) -> Experiment:
         prints["student_fingerprint"] = begun.get("fingerprint", "")
     fields.pass_over(FINGERPRINTS)
     fields.check_all_read()
-    for name, found in prints.items():
-        if found and values.get(name, "") not in ("", found) and not fields.smoke:
-            raise ValueError(
-                f"config.{name}={values[name]!r} is of a run with {FINGERPRINTS[name]} than now, {found!r}; bring back "
-                "those, or leave the field out"
-            )
+    if not fields.smoke:
+        _check_fingerprints(values, prints)
 
     settled = {*_method_fields(values), *FINGERPRINTS}
     resolved = {name: value for name, value in values.items() if name not in settled}
@@ -237,6 +236,16 @@ def data_fingerprint(splits: data.Splits) -> str:
     return digest.hexdigest()[:16]
 
 
+def _check_fingerprints(values: Mapping[str, Any], prints: Mapping[str, str]) -> None:
+    """ValueError where a config that is a run's record names other networks or images than there are."""
+    for name, found in prints.items():
+        if found and values.get(name, "") not in ("", found):
+            raise ValueError(
+                f"config.{name}={values[name]!r} is of a run with {FINGERPRINTS[name]} than now, {found!r}; bring back "
+                "those, or leave the field out"
+            )
+
+
 def rehearse(config: ConfigDict) -> None:
     """Says what is wrong about a run that others come before: builds it on random images, its teacher untrained."""
     copy = config.copy_and_resolve_references()
@@ -249,8 +258,8 @@ def _optimization(
 ) -> tuple[optax.Schedule, optax.GradientTransformation, set[str]]:
     """The schedule, the optimizer, and the fields about them that these two do not use."""
     name, optimizer = fields.one_of("schedule", optim.SCHEDULES), fields.optimizer
-    used = {*optim.taken(optimizer), *(FALLS if name == "step" else ())}
-    unused = {field: value for field, value in NEUTRAL.items() if field not in used}
+    used = {*optim.taken(optimizer), *(STEP_OPTIONS if name == "step" else ())}
+    unused = {field: value for field, value in OFF.items() if field not in used}
     fields.fill(unused)  # which are None in a run's config.json
     if not all(isinstance(epoch, int | float) and 0 < epoch < math.inf for epoch in fields.decay_epochs):
         raise ValueError(f"config.decay_epochs={fields.decay_epochs!r} are no epochs; take, say, (150, 180, 210)")
@@ -305,10 +314,7 @@ def alone(config: ConfigDict, network: str) -> ConfigDict:
 
 
 def drop_foreign(configs: Sequence[ConfigDict], keep: Sequence[Set[str]]) -> None:
-    """Takes from each config the fields that methods of one's own have in the others, and its own has not.
-
-    But for those in its `keep`.
-    """
+    """Deletes from each config the fields of custom methods that its own method lacks, except those in its `keep`."""
     known = [_method_fields(config) for config in configs]
     own = set().union(*known) - set(methods.fields())
     for config, mine, kept in zip(configs, known, keep, strict=True):

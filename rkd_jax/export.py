@@ -34,7 +34,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from rkd_jax import _devices, _files, _flags, checkpoint, convert, evaluate, models, train
+from rkd_jax import _devices, _files, _flags, checkpoint, convert, evaluate, models, provenance
 from rkd_jax.models import _conv
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -236,7 +236,7 @@ def run(args: argparse.Namespace) -> None:
     for kind in formats:
         name = FORMATS[kind].file
         files.pop(name, None)
-        files[name] = write(export, kind, args.output / name, pixels) | train.provenance() | {"device": DEVICE}
+        files[name] = write(export, kind, args.output / name, pixels) | provenance.record() | {"device": DEVICE}
         _files.write_json(path, facts | {"files": files})
 
 

@@ -23,7 +23,7 @@ def create_schedule(
     decay_factor: float = 0.1,
     warmup_epochs: float = 0.0,
 ) -> optax.Schedule:
-    """step -> rate, of the first `warmup_epochs` times a share that rises by as much each step, to 1.
+    """step -> learning rate; for the first `warmup_epochs`, multiplied by (step + 1) / (steps of warm-up).
 
     "step": `learning_rate`, times `decay_factor` after each of `decay_epochs` (150: from epoch 151 on).
     "cosine": learning_rate (1 + cos(pi step / num_steps)) / 2 (Loshchilov and Hutter 2017, arXiv:1608.03983).
@@ -51,7 +51,7 @@ def create_optimizer(name: str, schedule: optax.Schedule, **options: Any) -> opt
     factory, field = _factory(name), f"config.optimizer={name!r}"
     options = dict.fromkeys(OPTIONS, 0) | options
     if "schedule_free" in name:
-        raise ValueError(f"{field} has other parameters to test than to train, which is not done here; take another")
+        raise ValueError(f"{field} is tested at averaged parameters, which this loop does not do; take another")
     if options["weight_decay"] and "weight_decay" not in taken(name):
         raise ValueError(f"{field} takes no weight_decay; set config.weight_decay=0, or take another")
     try:

@@ -150,7 +150,7 @@ def _gather(text: str) -> list[str]:
 
 
 def check_alike(facts: Mapping[str, Any]) -> None:
-    """ValueError, in all processes, where facts, plain JSON by name, are others in one of them than in process 0."""
+    """ValueError, in every process, where the facts of one (JSON values by name) differ from those of process 0."""
 
     def check() -> None:
         for name, there in theirs.items():

@@ -9,7 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rkd_jax import _files, evaluate, experiment, models, processes, train
+from rkd_jax import _files, evaluate, experiment, models, processes, provenance, train
+from rkd_jax.methods import takd
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
@@ -48,7 +49,7 @@ def distil(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
 def chain(config: ConfigDict) -> list[ConfigDict]:
     """The runs that a config comes to: one, or, of a method that goes through assistants, one for each link."""
     method, links = experiment.create_method(config), []
-    if not hasattr(method, "links"):
+    if not isinstance(method, takd.Method):
         return [config]
     for teacher, student in method.links(config.teacher, config.student):
         link = config.copy_and_resolve_references()
@@ -70,7 +71,7 @@ def sweep(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]
         raise ValueError("config.sweep and config.compare are two experiments; set one of them")
     members = expand(config)
     for name, member in members:
-        if hasattr(experiment.create_method(member), "links"):
+        if isinstance(experiment.create_method(member), takd.Method):
             raise ValueError(
                 f"config.sweep: {name} trains a chain of networks; run config.method={member.method!r} alone"
             )
@@ -86,7 +87,7 @@ def sweep(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]
     ]
     if processes.leads():
         seeds = over_seeds(rows)
-        _files.write_json(workdir / "sweep.json", {"rows": rows, "over_seeds": seeds, **train.provenance()})
+        _files.write_json(workdir / "sweep.json", {"rows": rows, "over_seeds": seeds, **provenance.record()})
         print("\n" + sweep_table(rows, seeds))
     if diverged:
         raise diverged
@@ -206,7 +207,7 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
     for link in chain(config):  # what is wrong about the last run is said before the first
         experiment.rehearse(link)
     if config.teacher_checkpoint:
-        if not hasattr(method, "links"):
+        if not isinstance(method, takd.Method):
             experiment.build(config)
         result = evaluate.evaluate(config, config.teacher_checkpoint, "config.teacher_checkpoint")
         rows.append({"role": "teacher", "network": result["network"], "method": "as given", "last": result, **result})
@@ -221,7 +222,7 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
     summary = distil(config, workdir / "distilled")
     rows.append({"role": "student distilled", "network": config.student, "method": config.method, **summary})
     if processes.leads():
-        _files.write_json(workdir / "comparison.json", {"rows": rows, **train.provenance()})
+        _files.write_json(workdir / "comparison.json", {"rows": rows, **provenance.record()})
         print("\n" + table(rows))
     return rows
 

@@ -294,20 +294,26 @@ def _initialised(method: Distiller, found: Any) -> tuple[Any, Any]:
         raise ValueError(f"{returned} {what}; return two: what it trains, and the state that it carries, {{}} for none")
     for path, leaf in jax.tree_util.tree_leaves_with_path(found[0]):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise ValueError(
-                f"{returned} the parameter {jax.tree_util.keystr(path)} of dtype {jnp.result_type(leaf)}, which cannot "
-                "be trained; make it a float, or return it in the state"
+                f"{returned} the parameter {name} of dtype {jnp.result_type(leaf)}, which cannot be trained; make it a "
+                "float, or return it in the state"
             )
     return found[0], found[1]
 
 
 def difference(found: Any, expected: Any, form: Callable[[Any], Any]) -> tuple[str, Any, Any] | None:
-    """The first name of whose arrays `form` says different things in two trees, and the two; None where it is none."""
-    ours, theirs = (
-        {jax.tree_util.keystr(path): form(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (found, expected)
-    )
-    for name in sorted({*ours, *theirs}):
+    """The first leaf, by name, at which `form` differs: (name, `form` in found, in expected); None where they agree.
+
+    A name is "params/conv1/kernel"; a leaf that one tree lacks has the form "nothing" there.
+    """
+
+    def forms(tree: Any) -> dict[str, Any]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): form(leaf) for path, leaf in leaves}
+
+    ours, theirs = forms(found), forms(expected)
+    for name in {**theirs, **ours}:
         if (pair := tuple(side.get(name, "nothing") for side in (ours, theirs)))[0] != pair[1]:
             return name, *pair
     return None

@@ -2,14 +2,9 @@
 
 import contextlib
 import os
-import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +13,29 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from rkd_jax import _devices, _files, data, experiment, feed, methods, models, optim, processes, steps
+from rkd_jax import (
+    _devices,
+    _files,
+    data,
+    experiment,
+    feed,
+    methods,
+    models,
+    optim,
+    processes,
+    provenance,
+    run_folder,
+    steps,
+)  # fmt: skip
 from rkd_jax.checkpoint import Checkpoints, save_network
 from rkd_jax.metrics import Clock, Silent, Writer
-from rkd_jax.models import _conv
 
-# Fields that say where things lie, or how they are brought to the device, not what is computed.
-ELSEWHERE = ("data_dir", "teacher_checkpoint", "student_checkpoint", "checkpoint_seconds", "stream")
-# Fields that a run may go on with in another value.
-SPOKEN = ("log_every", "eval_batch_size")
 # Fields that students of one program may have of their own, beside those of their methods.
-OWN = (
+PER_STUDENT = (
     "student", "student_fingerprint", "method", "seed", "data_seed", "view_reduction", "learning_rate", "schedule",
     "decay_epochs", "decay_factor", "lr_warmup_epochs", "optimizer", "momentum", "nesterov", "weight_decay",
 )  # fmt: skip
 TEACHER = ("teacher", "teacher_checkpoint", "teacher_fingerprint", "fold_teacher")
-PUT_BACK = "put it back (a finished run has it in its summary.json), or name another folder"
 ASK_EVERY = 50  # steps, at most, until processes ask each other whether one was told to stop
 
 
@@ -57,9 +59,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
 def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> list[dict[str, Any]]:
     """Runs several configs, each in its folder, in one program: every batch is made, and taught, once for all of them.
 
-    They may differ in the student, its seed, its method and its optimizer (see `OWN`), and share everything else,
-    `data_seed` too. Each folder ends as `train_and_evaluate` would leave it, but for rounding where XLA compiles the
-    larger program in another way, or a method that resumes the teacher (fcfd) keeps that of all from being folded.
+    They may differ in the student, its seed, its method and its optimizer (see `PER_STUDENT`), and share everything
+    else, `data_seed` too. Each folder ends as `train_and_evaluate` would leave it, but for rounding where XLA compiles
+    the larger program in another way, or a method that resumes the teacher (fcfd) keeps that of all from being folded.
     Members that are finished are not run again; those that were interrupted at different steps go on in groups. Returns
     the summaries, and raises as `train_and_evaluate` does; `Diverged` once the others are finished.
     """
@@ -79,13 +81,13 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
 
     def start() -> list[Any]:
         for run, folder in zip(runs, folders, strict=True):
-            locks.enter_context(_locked(folder))
-            if claim(folder, run.config):
+            locks.enter_context(run_folder.locked(folder))
+            if run_folder.claim(folder, run.config):
                 claimed.append(folder)
-        return [_finished(folder) for folder in folders]
+        return [run_folder.finished(folder) for folder in folders]
 
     with contextlib.ExitStack() as locks, contextlib.ExitStack() as stack:
-        stack.callback(lambda: [_release(folder) for folder in claimed])
+        stack.callback(lambda: [run_folder.release(folder) for folder in claimed])
         summaries = processes.in_lead(start)
         open_ones = [i for i, summary in enumerate(summaries) if summary is None]
         if processes.leads() and len(open_ones) < len(members):
@@ -298,7 +300,7 @@ class Diverged(FloatingPointError):
             mend += ", or look at its formula, for nothing had been learned yet"
         super().__init__(
             f"the loss or the update of step {first.bad_step}{where} is not finite. "
-            f"{mend}{kept if _begun(first.workdir) else ''}"
+            f"{mend}{kept if run_folder.has_begun(first.workdir) else ''}"
         )
 
 
@@ -313,32 +315,14 @@ def _smaller(students: Sequence[Student]) -> str:
     if not feed.streams(config["stream"], students[0].run.splits.train):
         ways.append("keep the training set off the device by config.stream=True")
     kept = f"; {first} holds the run so far, and another batch size or dtype needs another --workdir"
-    return ", or ".join(ways) + (kept if _begun(first) else "")
-
-
-def _begun(workdir: Path) -> bool:
-    """Whether a folder holds a network or a checkpoint of a run."""
-    files = ("best/metadata.json", "last/metadata.json", "summary.json")
-    states = (path.name.isdigit() for path in workdir.glob("checkpoints/*"))
-    return any((workdir / name).exists() for name in files) or any(states)
-
-
-def _release(workdir: Path) -> None:
-    """Leaves a folder in which nothing was saved to a run of any config."""
-    if not _begun(workdir):
-        (workdir / "config.json").unlink(missing_ok=True)
-
-
-def _finished(workdir: Path) -> dict[str, Any] | None:
-    path = workdir / "summary.json"
-    return _files.read_json(path) if path.exists() else None
+    return ", or ".join(ways) + (kept if run_folder.has_begun(first) else "")
 
 
 def _computed(runs: Sequence[experiment.Experiment], folders: Sequence[Path]) -> dict[str, Any]:
     """What makes the numbers of runs, by name: the same in all processes, or they would train apart."""
     facts: dict[str, Any] = {"the number of runs": len(runs)}
     for run, folder in zip(runs, folders, strict=True):
-        found = {f"config.{name}": value for name, value in run.config.items() if name not in ELSEWHERE}
+        found = {f"config.{name}": value for name, value in run.config.items() if name not in run_folder.NOT_COMPUTED}
         found["the digest of the images of config.dataset"] = found.pop("config.data_fingerprint")
         found["whether the set is streamed (config.stream)"] = feed.streams(run.config["stream"], run.splits.train)
         facts |= {f"{folder.name}: {name}" if len(runs) > 1 else name: value for name, value in found.items()}
@@ -361,7 +345,8 @@ def _check_shared(runs: Sequence[experiment.Experiment], folders: Sequence[Path]
 
     first = runs[0]
     for i, run in enumerate(runs[1:], start=1):
-        own = {*OWN, *TEACHER, *ELSEWHERE, *methods.hyperparameters(run.method), *methods.hyperparameters(first.method)}
+        own = {*PER_STUDENT, *TEACHER, *run_folder.NOT_COMPUTED}
+        own |= {*methods.hyperparameters(run.method), *methods.hyperparameters(first.method)}
         check(i, 0, (name for name in run.config if name not in own))
         if run.data_seed != first.data_seed:
             raise ValueError(
@@ -410,62 +395,6 @@ def _restore(students: Sequence[Student]) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder, which is made; where it cannot be locked (NFS, Windows), nothing.
-
-    The lock is on the folder itself, so that nothing of it is left behind, whatever becomes of the process.
-    """
-    with contextlib.ExitStack() as stack:
-        try:
-            import fcntl  # which Windows has not
-
-            workdir.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(workdir, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a child of this process may have it open still
-        except BlockingIOError:
-            raise ValueError(f"--workdir={workdir}: another run trains there; wait for it, or stop it") from None
-        except (OSError, ImportError):
-            pass  # what cannot be written is told by `claim`
-        yield
-
-
-def claim(workdir: Path, config: Mapping[str, Any]) -> bool:
-    """Makes the folder this run's own, if it is no run's yet, and returns whether it was not.
-
-    Raises ValueError where it holds another config's run, naming the differences, or something else.
-    """
-    path = workdir / "config.json"
-    try:
-        if (workdir / "metadata.json").exists():
-            raise ValueError(f"--workdir={workdir} is the folder of a network, not of a run; name another")
-        if not path.exists() and _begun(workdir):
-            raise ValueError(f"--workdir={workdir} holds a run, but no config.json that says of what; {PUT_BACK}")
-        workdir.mkdir(parents=True, exist_ok=True)
-        if free := not path.exists():
-            _files.write_json(path, config)
-        elif not os.access(workdir, os.W_OK):
-            raise PermissionError("no permission")
-        there = _files.read_json(path, PUT_BACK)
-    except OSError as error:
-        raise OSError(f"--workdir={workdir} cannot be written ({error}); name another") from error
-    names = [name for name in {**there, **config} if name not in ELSEWHERE + SPOKEN]
-    means = {name: f" ({what})" for name, what in experiment.FINGERPRINTS.items()}
-    differences = [
-        f"  config.{name}: {there.get(name)!r} there, {config.get(name)!r} here{means.get(name, '')}"
-        for name in names
-        if there.get(name) != config.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"--workdir={workdir} holds a run of another config; name another folder, remove this one, or use "
-            "that run's values:\n" + "\n".join(differences)
-        )
-    return free
-
-
 def _facts(run: experiment.Experiment, result: dict[str, Any]) -> dict[str, Any]:
     """A trained network's metadata."""
     known = {"class_names": run.splits.class_names} if run.splits.class_names else {}
@@ -496,7 +425,7 @@ def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
         + (f" ({with_fields})" if names else "")
         + f": {len(run.splits.train.labels):,} training and {len(run.splits.test.labels):,} test images of "
         + f"{height}x{width}, {run.recipe.num_steps:,} steps of {run.recipe.batch_size}, seed {config['seed']}, "
-        + f"on {device_name()}"
+        + f"on {provenance.device_name()}"
         + (" | SMOKE" + (": random images" if data.form(config["dataset"]) else "") if config["smoke"] else "")
         + (f" | optimizer {config['optimizer']} ({options})" if config["optimizer"] != "sgd" else "")
         + (f" | schedule {config['schedule']}" if config["schedule"] != "step" else "")
@@ -525,41 +454,6 @@ def _write_overview(params: Any, path: Path) -> None:
         path.write_text(parameter_overview.get_parameter_overview(params) + "\n")
 
 
-def device_name() -> str:
-    """The devices of all processes, in words: "2 x NVIDIA H100"."""
-    count, kind = jax.device_count(), jax.devices()[0].device_kind
-    return kind if count == 1 else f"{count} x {kind}"
-
-
-def provenance() -> dict[str, Any]:
-    """What a result must name: command, commit, versions, device, whose convolutions, date."""
-    module = sys.modules["__main__"].__spec__  # None for a script
-    script = ["-m", module.name] if module else [os.path.relpath(path) for path in sys.argv[:1] if path]  # "": a prompt
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {
-        "command": shlex.join(["python", *script, *sys.argv[1:]]),
-        "commit": _commit(),
-        "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
-        "device": device_name(),
-        "convolutions": "rkd_jax" if _conv.available() else "XLA",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _commit() -> str | None:
-    """The commit of this source tree, with "+" where it was changed since; outside git, $RKD_JAX_COMMIT, or None."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails where the tree is another project's
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("RKD_JAX_COMMIT")
-
-
 def _summary(run: experiment.Experiment, progress: Mapping[str, Any], parameters: int, together: int) -> dict[str, Any]:
     images = run.recipe.num_steps * run.recipe.batch_size
     return {
@@ -570,7 +464,7 @@ def _summary(run: experiment.Experiment, progress: Mapping[str, Any], parameters
         "seconds": round(progress["seconds"], 1),
         "together": together,  # students in the program that took these seconds
         "images_per_second": round(images / max(progress["seconds"], 1e-9), 1),
-        **provenance(),
+        **provenance.record(),
         "config": run.config,
     }
 

@@ -281,7 +281,7 @@ def test_view():
     assert strong.shape == batch.shape
     assert strong.dtype == jnp.uint8
     assert (np.asarray(strong_view(jax.random.key(2), batch)) != np.asarray(strong)).any()
-    with pytest.raises(ValueError, match=r"config.views names 'storng', which is no view; there are 'weak', 'strong'"):
+    with pytest.raises(ValueError, match=r"'storng' is no view; there are 'weak', 'strong'"):
         augment.view("storng", key, batch)
     with pytest.raises(ValueError, match="images have 4 channels"):
         strong_view(key, jnp.zeros((2, 8, 8, 4), jnp.uint8))

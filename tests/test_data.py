@@ -8,18 +8,16 @@ import subprocess
 import sys
 import time
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import REAL, ROOT
 from PIL import Image
 
 from rkd_jax import data
 from rkd_jax.data import __main__ as prepare_command
 from rkd_jax.data import _prepared, base
 
-ROOT = Path(__file__).parents[1]
-SHARED = ROOT.parent / "shared" / "data"
 WNIDS = [f"n{i:08d}" for i in range(200)]
 
 
@@ -370,9 +368,9 @@ def test_random_has_the_form_of_the_set():
 
 
 def test_real_cifar100():
-    if not (SHARED / "tfds").exists():
+    if not (REAL / "tfds").exists():
         pytest.skip("no prepared CIFAR-100 at ../shared/data/tfds")
-    splits = data.load("cifar100", str(SHARED / "tfds"))
+    splits = data.load("cifar100", str(REAL / "tfds"))
     assert splits.train.images.shape == (50_000, 32, 32, 3)
     assert np.bincount(splits.train.labels).tolist() == [500] * 100
     assert np.bincount(splits.test.labels).tolist() == [100] * 100
@@ -382,13 +380,13 @@ def test_real_cifar100():
     assert splits.class_names[:2] == ("apple", "aquarium_fish")  # not those of the 20 coarse classes
     np.testing.assert_allclose(std, splits.std, atol=2e-4)
     started = time.perf_counter()
-    data.load("cifar100", str(SHARED / "tfds"))
+    data.load("cifar100", str(REAL / "tfds"))
     assert time.perf_counter() - started < 1
 
 
 def test_real_tiny_imagenet():
     """What the builder reads from the archive, before TFDS writes it: counts, and labels as annotated."""
-    archive = SHARED / "tiny-imagenet-200-subset.zip"
+    archive = REAL / "tiny-imagenet-200-subset.zip"
     if not archive.exists():
         pytest.skip("no ../shared/data/tiny-imagenet-200-subset.zip")
     with _prepared._tensorflow_free("this test"):

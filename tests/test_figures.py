@@ -201,7 +201,7 @@ def test_eps_shows_blocks(tmp_path):
         (["tsne", "--networks", "{student}", "--classes", "1", "1"], "of 1 classes; take two classes or more"),
         (["curves", "--runs", "nowhere"], "--runs: there is no nowhere/metrics.jsonl"),
         (["lambda", "--runs", "nowhere"], "--runs: there is no nowhere"),
-        (["lambda", "--runs", "{teacher}/metadata.json"], "--runs: .* lacks 'config'"),
+        (["lambda", "--runs", "{teacher}/metadata.json"], "--runs: .* lacks best, config, last"),
         (["lambda", "--runs", "{a}", "{b}"], "--runs: they differ in eps, too"),
         (["eps", "--runs", "{a}", "{b}"], "--runs: they differ in lam, too"),
         (["eps", "--runs", "{empty}"], "--runs: .* has no line of kind 'train' yet"),

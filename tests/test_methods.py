@@ -12,21 +12,19 @@ import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import FAST_COMPILE
+from conftest import FAST_COMPILE, ROOT
 
 from rkd_jax import methods
 from rkd_jax.methods import __main__ as listing
 from rkd_jax.methods import base, dot
 from rkd_jax.models import Cuts, Outputs
 
-ROOT = Path(__file__).parents[1]
 jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 CLASSES = 6
 NAMES = methods.names()

@@ -254,7 +254,7 @@ def test_what_cannot_be_used_is_named(name, complaint):
         ("Counting", "has variables 'Counts', and none but 'params' and 'batch_stats'"),
         (
             "Late",
-            r"returned batch statistics with \['late'\] as float32\[\] in place of nothing; return the same names",
+            r"returned batch statistics with late as float32\[\] in place of nothing; return the same names",
         ),
     ],
 )

@@ -281,7 +281,7 @@ def test_what_a_loss_cannot_return_is_named(tiny, one_batch):
     with pytest.raises(ValueError, match=r"^dot of test_steps:Returns\.loss returned the term 'label'"):
         traced(lambda ce: ({"label": ce}, {}, {}), inner=True)
     assert traced(lambda ce: [{"label": ce.mean(), "zero": 0.0}, {}, {"one": 1}])["one"].shape == ()
-    with pytest.raises(ValueError, match=r"^test_steps:Returns\.loss returned the state with \['n'\] as float32\[8\]"):
+    with pytest.raises(ValueError, match=r"^test_steps:Returns\.loss returned the state with n as float32\[8\]"):
         traced(lambda ce: ({"label": ce.mean()}, {"n": ce}, {}))
 
 
@@ -304,15 +304,15 @@ class Own(Probe):
     [
         ({"initial": {"w": 1.0}}, "init returned a dict; return two: what it trains, and the state that"),
         ({"initial": ({}, {}, {})}, "init returned 3 values; return two"),
-        ({"initial": ({"w": np.arange(3)}, {})}, r"init returned the parameter \['w'\] of dtype int\d+, which cannot"),
+        ({"initial": ({"w": np.arange(3)}, {})}, r"init returned the parameter w of dtype int\d+, which cannot"),
         (
             {"deployed": lambda v: v["params"]},
-            r"deploy returned .* with \['batch_stats'\].* as nothing in place of float32",
+            r"deploy returned .* with batch_stats.* as nothing in place of float32",
         ),
         ({"deployed": lambda v: None}, "deploy returned .* as nothing in place of"),
         (
             {"deployed": lambda v: v | {"more": np.float32(1)}},
-            r"deploy returned .* with \['more'\] as float32\[\] in place",
+            r"deploy returned .* with more as float32\[\] in place",
         ),
     ],
 )

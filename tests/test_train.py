@@ -18,7 +18,7 @@ from conftest import ROOT
 from ml_collections import ConfigDict
 from PIL import Image
 
-from rkd_jax import _files, _flags, checkpoint, evaluate, experiment, metrics, steps, train
+from rkd_jax import _files, _flags, checkpoint, evaluate, experiment, metrics, provenance, run_folder, steps, train
 from rkd_jax.methods import kd
 from rkd_jax.models import __main__ as table
 
@@ -83,6 +83,19 @@ def test_run_leaves_what_it_promises(tiny, finished):
     assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 6, 9, 12]
     assert [line["step"] for line in lines if line["kind"] == "test"] == [8, 12]
     assert {"loss", "label", "distill", "top1", "learning_rate"} <= set(lines[0])
+
+
+def test_what_is_logged_is_the_mean_since_the_last_log(tiny, finished, tmp_path):
+    workdir, _ = finished(tiny())
+    train.train_and_evaluate(tiny(log_every=1), tmp_path / "each")
+    logged, each = (
+        [line for line in records(path) if line["kind"] == "train"] for path in (workdir, tmp_path / "each")
+    )
+    assert [line["step"] for line in each] == list(range(1, 13))
+    for name in ("loss", "label", "distill", "top1"):
+        means = np.array([line[name] for line in each]).reshape(4, 3).mean(1)
+        np.testing.assert_allclose([line[name] for line in logged], means, rtol=1e-5)
+    assert [line["learning_rate"] for line in logged] == pytest.approx([0.01] * 4)
 
 
 def test_evaluation_agrees_to_the_digit(tiny, finished, capsys):
@@ -286,21 +299,21 @@ def test_commit_of_another_project_is_none_of_ours(tmp_path, monkeypatch):
 
     package = tmp_path / "site-packages" / "rkd_jax"
     package.mkdir(parents=True)
-    monkeypatch.setattr(train, "__file__", str(package / "train.py"))
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
     monkeypatch.setenv("RKD_JAX_COMMIT", "named")
     git("init")
     git("commit", "--allow-empty", "-m", "another project")
-    assert train._commit() == "named"
-    (package / "train.py").write_text("")
+    assert provenance._commit() == "named"
+    (package / "provenance.py").write_text("")
     git("add", ".")
     git("commit", "-m", "this one")
-    assert len(train._commit()) == 40
+    assert len(provenance._commit()) == 40
 
 
 def test_command_of_a_prompt_is_python(monkeypatch):
     monkeypatch.setattr(sys, "argv", [""])
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    assert train.provenance()["command"] == "python"
+    assert provenance.record()["command"] == "python"
 
 
 def test_what_a_short_run_leaves_out_of_its_schedule_is_said(tiny, tmp_path, capsys):
@@ -331,14 +344,14 @@ def test_workdir_that_holds_something_else_is_refused(tiny, finished, small_teac
     (workdir / "config.json").unlink()
     for name in ("7", "best/part"):  # of another kind
         (tmp_path / "runs" / name).mkdir(parents=True)
-    assert train.claim(tmp_path / "runs", {})
+    assert run_folder.claim(tmp_path / "runs", {})
     for lost in (["best", "last"], ["summary.json"], ["checkpoints"]):
         with pytest.raises(ValueError, match=r"holds a run, but no config\.json that says of what; put it back"):
             train.train_and_evaluate(config, workdir)
         assert not (workdir / "config.json").exists()
         for name in lost:
             (workdir / name).rename(tmp_path / name)
-    assert train.claim(workdir, {})
+    assert run_folder.claim(workdir, {})
 
 
 def test_a_workdir_in_which_another_process_trains_is_left_alone(tiny, tmp_path):
@@ -493,7 +506,7 @@ def test_misspelt_field_suggests_the_right_one(tiny):
         config.lerning_rate = 0.1
     with config.unlocked():
         config.lerning_rate = 0.1
-    with pytest.raises(ValueError, match=r"config.lerning_rate is read by nothing; did you mean 'learning_rate'"):
+    with pytest.raises(ValueError, match=r"config.lerning_rate is no field of .*; did you mean 'learning_rate'"):
         experiment.build(config)
     with config.unlocked():
         del config.lerning_rate
@@ -742,10 +755,10 @@ def test_a_wrong_config_file_is_one_sentence(tmp_path, text, message):
 
 
 def test_damaged_json_of_a_run_is_named(tmp_path):
-    train.claim(tmp_path, {"lam": 5.0})
+    run_folder.claim(tmp_path, {"lam": 5.0})
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is damaged \(.*put it back"):
-        train.claim(tmp_path, {"lam": 5.0})
+        run_folder.claim(tmp_path, {"lam": 5.0})
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 2}\n{"step')
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2, is damaged \(.*remove that line"):
         _files.read_lines(tmp_path / "metrics.jsonl")

@@ -12,6 +12,7 @@ Contrast: its mean, Color: grey, Sharpness: smoothed), and maps of a pixel's lev
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,11 +56,11 @@ CUTOUT_FILL = (125, 123, 114)  # RGB
 
 
 def view(name: str, rng: jax.Array, images: jax.Array, **options) -> jax.Array:
-    """The view "weak", "strong" or "none" (the images as they are); ValueError for another name."""
+    """The view "weak", "strong" or, for benchmarks, "none" (the images as they are); ValueError for another name."""
     if name == "none":
         return images
     if name not in ("weak", "strong"):
-        raise ValueError(f"config.views names {name!r}, which is no view; there are 'weak', 'strong' and 'none'")
+        raise ValueError(f"{name!r} is no view; there are 'weak', 'strong' and 'none'")
     return {"weak": weak, "strong": strong}[name](rng, images, **options)
 
 
@@ -79,13 +80,11 @@ def weak(rng: jax.Array, images: jax.Array, *, padding: int = 4, flip: bool = Tr
     return _gather(images, (rows, columns, inside))
 
 
-def strong(
-    rng: jax.Array, images: jax.Array, *, padding: int = 4, flip: bool = True, rotation: float = 0.0
-) -> jax.Array:
-    """The weak view, two operations of fourteen, and Cutout; uint8 [B, H, W, C], C = 1 or 3."""
+def strong(rng: jax.Array, images: jax.Array, **options: Any) -> jax.Array:
+    """The weak view, of which the options are, two operations of fourteen, and Cutout; uint8 [B, H, W, C], C = 1, 3."""
     weak_key, strong_key = jax.random.split(rng)
     operation, level, square = draw(strong_key, images.shape)
-    images = weak(weak_key, images, padding=padding, flip=flip, rotation=rotation)
+    images = weak(weak_key, images, **options)
     images = operate(operate(images, operation[0], level[0]), operation[1], level[1])
     return cutout(images, *square)
 

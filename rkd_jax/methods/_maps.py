@@ -111,7 +111,7 @@ class Connector(nn.Module):
 
         A 3x3 convolution of stride 2 where the first has twice the side, a transposed 4x4 one where it has half.
         Otherwise a 3x3 one for the same side where padded, or one without padding, as large as the difference asks.
-        ValueError, `what` a map of one size and of another; `mend`, where none of them leads there.
+        ValueError, in the words `what`, both sizes and `mend`, where none of them leads there.
         """
         (height, width), (to_height, to_width), features = s.shape[1:3], t.shape[1:3], t.shape[-1]
         if (height, width) == (2 * to_height, 2 * to_width):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rkd_jax.methods import base, kd
+from rkd_jax.methods import base, kd, takd
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Method(base.Distiller):
         super().__post_init__()
         if not self.inner.needs_teacher:
             raise ValueError("config.inner has to be a method with a teacher; unset, it is 'kd'")
-        if hasattr(self.inner, "links"):
+        if isinstance(self.inner, takd.Method):
             raise ValueError("config.inner cannot be 'takd', whose chain of runs it would leave out; unset, it is 'kd'")
         if self.inner.per_term_gradients:
             raise ValueError("config.inner cannot be 'dot', nor any other with gradients per term; unset, it is 'kd'")

@@ -15,7 +15,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -23,9 +23,10 @@ import jax
 import jax.numpy as jnp
 
 from rkd_jax import _own
+from rkd_jax.losses import promote
 from rkd_jax.models._fold import fold
 from rkd_jax.models._resume import classifier, resume
-from rkd_jax.models.layers import LAST, Cut, full_precision, in_turn
+from rkd_jax.models.layers import LAST, Cut, in_turn
 
 __all__ = [
     "LAST", "Adapter", "Cut", "Cuts", "Outputs", "classifier", "create", "fold", "in_turn", "names", "resolve",
@@ -59,19 +60,11 @@ class Outputs(NamedTuple):
     cuts: Cuts | None = None  # where `resume` can go on from
 
     @classmethod
-    def of(
-        cls,
-        logits: jax.Array,
-        features: Iterable[jax.Array] = (),
-        embedding: jax.Array | None = None,
-        preactivations: Iterable[jax.Array] = (),
-        class_maps: jax.Array | None = None,
-        last_map: jax.Array | None = None,
-        cuts: Cuts | None = None,
-    ) -> "Outputs":
-        """The outputs as float32, whatever the compute dtype."""
-        outputs = cls(logits, tuple(features), embedding, tuple(preactivations), class_maps, last_map, cuts)
-        return jax.tree.map(full_precision, outputs)
+    def of(cls, *arrays: Any, **named: Any) -> "Outputs":
+        """The outputs as float32, whatever the compute dtype; called as the class is."""
+        found = cls(*arrays, **named)
+        found = found._replace(features=tuple(found.features), preactivations=tuple(found.preactivations))
+        return jax.tree.map(promote, found)
 
 
 def create(

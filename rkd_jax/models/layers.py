@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
+from rkd_jax.losses import promote
 from rkd_jax.models._conv import conv_general_dilated
 
 EPSILON = 1e-5  # of batch normalisation
-KEPT = 0.9  # of its running averages, at each update
+BN_MOMENTUM = 0.9  # of its running averages, at each update
 LAST = -1  # the `Cut` before the global average
 kaiming_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")  # He et al. 2015; N(0, 2 / (k * k * out))
 torch_default = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's: U(-1/sqrt(in), 1/sqrt(in))
@@ -24,11 +25,6 @@ torch_default = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # 
 def torch_default_bias(fan_in: int) -> Initializer:
     """PyTorch's default for the bias of a layer with `fan_in` inputs an output: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -1.0, 1.0) * fan_in**-0.5
-
-
-def full_precision(x: jax.Array) -> jax.Array:
-    """bfloat16 as float32; float64 (jax.enable_x64) as it is."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class BatchNorm(nn.Module):
@@ -46,7 +42,7 @@ class BatchNorm(nn.Module):
         if self._is_folded():
             scale, bias = (self.get_variable("params", name) for name in ("scale", "bias"))
             if scale is not None:
-                return (full_precision(x) * scale + bias).astype(x.dtype)
+                return (promote(x) * scale + bias).astype(x.dtype)
             return x if bias is None else x + bias.astype(x.dtype)  # which a GPU's convolution takes along
         shape = x.shape[-1:]
         bias = self.param("bias", nn.initializers.zeros, shape)
@@ -58,11 +54,11 @@ class BatchNorm(nn.Module):
             if not self.is_initializing():
                 count = x.size // x.shape[-1]
                 unbiased = var * (count / max(count - 1, 1))
-                running_mean.value = KEPT * running_mean.value + (1 - KEPT) * mean
-                running_var.value = KEPT * running_var.value + (1 - KEPT) * unbiased
+                running_mean.value = BN_MOMENTUM * running_mean.value + (1 - BN_MOMENTUM) * mean
+                running_var.value = BN_MOMENTUM * running_var.value + (1 - BN_MOMENTUM) * unbiased
         else:
             rate = jax.lax.rsqrt(running_var.value + EPSILON)
-            y = ((full_precision(x) - running_mean.value) * (scale * rate) + bias).astype(x.dtype)
+            y = ((promote(x) - running_mean.value) * (scale * rate) + bias).astype(x.dtype)
         return y
 
     def _is_folded(self) -> bool:
@@ -81,7 +77,7 @@ def _normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, around: jax.Arra
 
 def _normalize_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, around: jax.Array) -> tuple[Any, Any]:
     axes = tuple(range(x.ndim - 1))
-    centred = full_precision(x) - around
+    centred = promote(x) - around
     mean = centred.mean(axes)
     var = jnp.maximum(jnp.square(centred).mean(axes) - jnp.square(mean), 0.0)
     rate = jax.lax.rsqrt(var + EPSILON)
@@ -93,7 +89,7 @@ def _normalize_backward(kept: Any, cotangents: Any) -> tuple[jax.Array, jax.Arra
     """dL/dx is linear in dy and x, channel by channel (Ioffe and Szegedy 2015, Section 3)."""
     (x, scale, around, mean, rate), (dy, dmean, dvar) = kept, cotangents
     axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
-    centred, dy = full_precision(x) - around, full_precision(dy)
+    centred, dy = promote(x) - around, promote(dy)
     dbias = dy.sum(axes)
     dscale = rate * ((dy * centred).sum(axes) - mean * dbias)
     slope = (2 * dvar - scale * jnp.square(rate) * dscale) / count
@@ -121,7 +117,7 @@ def in_turn(before: Any, after: Any) -> Any:
     def one(before: jax.Array, after: jax.Array) -> jax.Array:
         total = before
         for each in after:
-            total = each + KEPT * (total - before)
+            total = each + BN_MOMENTUM * (total - before)
         return total
 
     return jax.tree.map(one, before, after)
@@ -164,7 +160,7 @@ def head(x: jax.Array, num_classes: int, name: str, std: float | None = None) ->
     kernel_init = torch_default if std is None else nn.initializers.normal(std)
     bias_init = torch_default_bias(x.shape[-1]) if std is None else nn.initializers.zeros
     classifier = nn.Dense(num_classes, kernel_init=kernel_init, bias_init=bias_init, name=name)
-    x = Cut(LAST)(full_precision(x))
+    x = Cut(LAST)(promote(x))
     embedding = x.mean((1, 2))
     with jax.default_matmul_precision("highest"):  # not TF32's on a GPU, nor bfloat16's on a TPU
         logits, weights = classifier(embedding), classifier.variables["params"]

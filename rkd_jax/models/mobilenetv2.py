@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rkd_jax.losses import promote
 from rkd_jax.models import Cuts, Outputs, layers
 from rkd_jax.models.layers import Cut, conv_bn, head
 
@@ -120,7 +121,7 @@ class MobileNetV2At64(nn.Module):
                 features.append(x)
                 preactivations.append(x)
         last = Cut(4)(_biased_conv_bn(x, train, 1280, ("conv1_0", "conv1_1"), kernel=1))
-        x = Cut(layers.LAST)(layers.full_precision(nn.relu6(last)))
+        x = Cut(layers.LAST)(promote(nn.relu6(last)))
         embedding = x.mean((1, 2))
         bias_init = layers.torch_default_bias(1280)
         with jax.default_matmul_precision("highest"):  # as in layers.head

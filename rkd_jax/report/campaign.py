@@ -6,7 +6,6 @@ DIR/state is all that the next slice needs, on another machine too: docs/campaig
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import shutil
@@ -115,7 +114,7 @@ class Campaign:
             )
         self.record: dict[str, Any] = {"scale": scale, "items": {}}
         if self._record_path.exists():
-            self.record = json.loads(self._record_path.read_text())
+            self.record = _files.read_json(self._record_path, "begin anew in a new folder, with the parts of state/")
         for flag, value in (("scale", scale), ("dtype", dtype)):
             there = self.record.get(flag, value)
             if value is not None and there != value:
@@ -265,7 +264,7 @@ class Campaign:
                 shutil.copy(metrics, curves / f"{cell.name}.jsonl")
             if each.given or not (each.folder / "summary.json").exists():
                 continue
-            summary = json.loads((each.folder / "summary.json").read_text())
+            summary = _files.read_json(each.folder / "summary.json")
             speeds[cell.name] = summary["images_per_second"]
             network = self.out / "networks" / item.name / each.config.student / cell.name
             if cell.name == "teacher":

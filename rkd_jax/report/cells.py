@@ -1,14 +1,13 @@
 """The cells of the tables as configs of ours, at several scales."""
 
 import importlib
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from rkd_jax import experiment, methods
+from rkd_jax import _files, experiment, methods
 from rkd_jax.report import paper
 
 
@@ -76,22 +75,11 @@ class Cell(NamedTuple):
         """Its file."""
         return results / scale / self.pair / f"{self.name}-seed{self.seed}.json"
 
-    def tables(self) -> list[int]:
-        """The numbers of the tables that it stands in."""
-        return sorted(
-            {t.number for t in paper.TABLES if self.pair in t.pairs and any(row.cell == self.name for row in t.rows)}
-        )
-
 
 def read(path: Path) -> dict[str, Any]:
     """The result in a cell's file; ValueError where it is damaged."""
-    try:
-        result = json.loads(path.read_text())
-        if missing := {"pair", "cell", "best", "last", "commit", "versions", "device", "date"} - set(result):
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return result
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and report.run makes it again") from error
+    needed = {"pair", "cell", "best", "last", "commit", "versions", "device", "date"}
+    return _files.read_json(path, "remove it, and report.run makes it again", needed)
 
 
 def select(

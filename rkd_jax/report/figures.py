@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from scipy import stats
 
-from rkd_jax import _files, _flags, checkpoint, data, evaluate, train
+from rkd_jax import _files, _flags, checkpoint, data, evaluate, run_folder
 from rkd_jax.report import paper
 
 # Okabe and Ito's colours, which readers who are colour-blind tell apart, without the yellow that vanishes on white.
@@ -276,12 +276,9 @@ def load_record(path: str) -> dict[str, Any]:
     if not file.is_file():
         raise FileNotFoundError(f"--runs: there is no {file}; name folders of finished runs, or their JSON files")
     try:
-        record = json.loads(file.read_text())
+        return _files.read_json(file, "name a run's folder or its summary.json", {"config", "best", "last"})
     except ValueError as error:
-        raise ValueError(f"--runs: {file} is no JSON ({error}); name folders of finished runs") from error
-    if not isinstance(record, dict) or not {"config", "best", "last"} <= record.keys():
-        raise ValueError(f"--runs: {file} lacks 'config', 'best' or 'last'; name a run's folder or its summary.json")
-    return record
+        raise ValueError(f"--runs: {error}") from error
 
 
 def load_metrics(path: str, kind: str) -> list[dict[str, Any]]:
@@ -299,7 +296,7 @@ def sweep(records: Sequence[Mapping[str, Any]], field: str) -> list[float]:
     configs = [record["config"] for record in records]
     if any(field not in config for config in configs):
         raise ValueError(f"--runs: one of them is of a method without {field}; name runs of ranking_alignment alone")
-    for name in sorted(set().union(*configs) - {field, "seed", *train.ELSEWHERE, *train.SPOKEN}):
+    for name in sorted(set().union(*configs) - {field, "seed", *run_folder.NOT_COMPUTED, *run_folder.MAY_CHANGE}):
         values = {json.dumps(config.get(name)) for config in configs}
         if len(values) > 1:
             raise ValueError(

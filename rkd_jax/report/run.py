@@ -14,7 +14,8 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from rkd_jax import _files, _flags, evaluate, experiment, runs, train
+from rkd_jax import _files, _flags, evaluate, experiment, provenance, runs, train
+from rkd_jax.methods import takd
 from rkd_jax.report import cells, paper
 
 
@@ -36,7 +37,7 @@ class Run(NamedTuple):
     def group(self) -> tuple:
         """Runs of one group have their data, views, teacher (if any) and seed in common, and may be run as one."""
         pair, name, seed = self.cells[0]
-        alone = name == "teacher" or hasattr(experiment.create_method(self.config), "links")
+        alone = name == "teacher" or isinstance(experiment.create_method(self.config), takd.Method)
         return pair, seed, self.name if alone else ""
 
 
@@ -140,7 +141,7 @@ def summarize(group: Sequence[Run]) -> list[dict[str, Any]]:
     if group[0].given:
         (run,) = group
         result = evaluate.evaluate(run.config, run.given, "--teachers")
-        return [{"best": result, "last": result, "given": str(run.given), **train.provenance()}]
+        return [{"best": result, "last": result, "given": str(run.given), **provenance.record()}]
     return train_members([(run.config, run.folder) for run in group])
 
 
@@ -153,7 +154,7 @@ def write(cell: cells.Cell, run: Run, summary: dict[str, Any], results: Path, sc
     """Writes a cell's file, whole or not at all."""
     path = cell.path(results, scale)
     path.parent.mkdir(parents=True, exist_ok=True)
-    place = {"scale": scale, "pair": cell.pair, "cell": cell.name, "seed": cell.seed, "tables": cell.tables()}
+    place = {"scale": scale, "pair": cell.pair, "cell": cell.name, "seed": cell.seed}
     record = place | {"run": run.name} | summary
     _files.write_json(path, record)
 

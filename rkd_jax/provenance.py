@@ -1,0 +1,49 @@
+"""Where a result comes from: command, commit, versions, device, date."""
+
+import os
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from rkd_jax.models import _conv
+
+
+def device_name() -> str:
+    """The devices of all processes, in words: "2 x NVIDIA H100"."""
+    count, kind = jax.device_count(), jax.devices()[0].device_kind
+    return kind if count == 1 else f"{count} x {kind}"
+
+
+def record() -> dict[str, Any]:
+    """What a result must name: command, commit, versions, device, whose convolutions, date."""
+    module = sys.modules["__main__"].__spec__  # None for a script
+    script = ["-m", module.name] if module else [os.path.relpath(path) for path in sys.argv[:1] if path]  # "": a prompt
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "command": shlex.join(["python", *script, *sys.argv[1:]]),
+        "commit": _commit(),
+        "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
+        "device": device_name(),
+        "convolutions": "rkd_jax" if _conv.available() else "XLA",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, with "+" where it was changed since; outside git, $RKD_JAX_COMMIT, or None."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails where the tree is another project's
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("RKD_JAX_COMMIT")

@@ -1,0 +1,90 @@
+"""A run's folder: which config's it is, and who may write there."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rkd_jax import _files, experiment
+
+# Fields that say where things lie, or how they are brought to the device, not what is computed.
+NOT_COMPUTED = ("data_dir", "teacher_checkpoint", "student_checkpoint", "checkpoint_seconds", "stream")
+# Fields that a run may go on with in another value.
+MAY_CHANGE = ("log_every", "eval_batch_size")
+PUT_BACK = "put it back (a finished run has it in its summary.json), or name another folder"
+
+
+def claim(workdir: Path, config: Mapping[str, Any]) -> bool:
+    """Makes the folder this run's own, if it is no run's yet, and returns whether it was not.
+
+    Raises ValueError where it holds another config's run, naming the differences, or something else.
+    """
+    path = workdir / "config.json"
+    try:
+        if (workdir / "metadata.json").exists():
+            raise ValueError(f"--workdir={workdir} is the folder of a network, not of a run; name another")
+        if not path.exists() and has_begun(workdir):
+            raise ValueError(f"--workdir={workdir} holds a run, but no config.json that says of what; {PUT_BACK}")
+        workdir.mkdir(parents=True, exist_ok=True)
+        if free := not path.exists():
+            _files.write_json(path, config)
+        elif not os.access(workdir, os.W_OK):
+            raise PermissionError("no permission")
+        there = _files.read_json(path, PUT_BACK)
+    except OSError as error:
+        raise OSError(f"--workdir={workdir} cannot be written ({error}); name another") from error
+    names = [name for name in {**there, **config} if name not in NOT_COMPUTED + MAY_CHANGE]
+    means = {name: f" ({what})" for name, what in experiment.FINGERPRINTS.items()}
+    differences = [
+        f"  config.{name}: {there.get(name)!r} there, {config.get(name)!r} here{means.get(name, '')}"
+        for name in names
+        if there.get(name) != config.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"--workdir={workdir} holds a run of another config; name another folder, remove this one, or use "
+            "that run's values:\n" + "\n".join(differences)
+        )
+    return free
+
+
+def has_begun(workdir: Path) -> bool:
+    """Whether a folder holds a network or a checkpoint of a run."""
+    files = ("best/metadata.json", "last/metadata.json", "summary.json")
+    states = (path.name.isdigit() for path in workdir.glob("checkpoints/*"))
+    return any((workdir / name).exists() for name in files) or any(states)
+
+
+def release(workdir: Path) -> None:
+    """Leaves a folder in which nothing was saved to a run of any config."""
+    if not has_begun(workdir):
+        (workdir / "config.json").unlink(missing_ok=True)
+
+
+def finished(workdir: Path) -> dict[str, Any] | None:
+    """The summary of the finished run that a folder holds; None where it holds none."""
+    path = workdir / "summary.json"
+    return _files.read_json(path) if path.exists() else None
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder, which is made; where it cannot be locked (NFS, Windows), nothing.
+
+    The lock is on the folder itself, so that nothing of it is left behind, whatever becomes of the process.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl  # which Windows has not
+
+            workdir.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(workdir, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a child of this process may have it open still
+        except BlockingIOError:
+            raise ValueError(f"--workdir={workdir}: another run trains there; wait for it, or stop it") from None
+        except (OSError, ImportError):
+            pass  # what cannot be written is told by `claim`
+        yield
