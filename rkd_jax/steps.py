@@ -340,6 +340,61 @@ def _resuming(method: Distiller, resume_teacher: Callable[..., models.Outputs]) 
     return resume_teacher if method.resumes_teacher else refuse
 
 
+def _student_outputs(
+    learner: Learner, params: Any, batch_stats: Any, views: Sequence[jax.Array], rng: jax.Array
+) -> tuple[list[models.Outputs], Any]:
+    """The student's outputs on each view, and its batch statistics after the last."""
+
+    def forward(batch_stats, view, rng):
+        variables = {"params": params, "batch_stats": batch_stats}
+        outputs, updated = learner.network.apply(
+            variables, view, train=True, mutable=["batch_stats"], rngs={"dropout": rng}
+        )
+        updated = updated.get("batch_stats", {})
+        _check_like(updated, batch_stats, "config.student returned batch statistics")
+        return outputs, updated
+
+    outputs, rngs = [], [jax.random.fold_in(rng, i) for i in range(len(views))]
+    if learner.views_in_one_batch and len(views) > 1:
+        stacked, after = jax.vmap(functools.partial(forward, batch_stats))(jnp.stack(views), jnp.stack(rngs))
+        outputs = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(len(views))]
+        return outputs, models.in_turn(batch_stats, after)
+    for view, key in zip(views, rngs, strict=True):
+        out, batch_stats = forward(batch_stats, view, key)
+        outputs.append(out)
+    return outputs, batch_stats
+
+
+def _over_views(
+    learner: Learner,
+    terms_of: Callable[..., tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]],
+    method_state: Any,
+    students: Sequence[models.Outputs],
+    teachers: Sequence[models.Outputs | None],
+) -> tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]:
+    """The method's terms reduced over the views, its state after the last, and the means of its metrics.
+
+    terms_of(method_state, student, teacher, i) has them for view i; of a method of joint views, i is 0 for all.
+    """
+    num_views = len(students)
+    if learner.method.joint_views:
+        return terms_of(method_state, _stack(students), _stack(teachers), 0)
+    parts = []
+    if learner.views_in_one_batch and num_views > 1 and not jax.tree.leaves(method_state):
+        of_view = functools.partial(terms_of, method_state)
+        together = jax.vmap(of_view)(_stack(students), _stack(teachers), jnp.arange(num_views))
+        parts = [jax.tree.map(lambda x, i=i: x[i], (together[0], together[2])) for i in range(num_views)]
+    else:
+        for i, (student, target) in enumerate(zip(students, teachers, strict=True)):
+            terms, method_state, metrics = terms_of(method_state, student, target, i)
+            parts.append((terms, metrics))
+    scale = 1 / num_views
+    weight = scale if learner.view_reduction == "mean" else 1.0
+    terms = jax.tree.map(lambda *x: weight * sum(x), *(terms for terms, _ in parts))
+    metrics = jax.tree.map(lambda *x: scale * sum(x), *(metrics for _, metrics in parts))
+    return terms, method_state, metrics
+
+
 def _update(
     learner: Learner,
     recipe: Recipe,
@@ -352,7 +407,6 @@ def _update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of one student, from its normalised views and the teacher's outputs on them."""
     method, num_views = learner.method, len(views)
-    one_batch = learner.views_in_one_batch and num_views > 1
     rng = jax.random.fold_in(rng, num_views)
     context = Context(
         rng=rng,
@@ -361,28 +415,6 @@ def _update(
         progress=state.step / recipe.num_steps,
     )
     blank = jnp.zeros_like(views[0])  # for resumed networks, which use its shape alone
-
-    def forward(params, batch_stats, view, rng):
-        variables = {"params": params["student"], "batch_stats": batch_stats}
-        outputs, updated = learner.network.apply(
-            variables, view, train=True, mutable=["batch_stats"], rngs={"dropout": rng}
-        )
-        updated = updated.get("batch_stats", {})
-        _check_like(updated, batch_stats, "config.student returned batch statistics")
-        return outputs, updated
-
-    def apply(params):
-        """The student's outputs on each view, and its batch statistics after the last."""
-        outputs, batch_stats, rngs = [], state.batch_stats, [jax.random.fold_in(rng, i) for i in range(num_views)]
-        if one_batch:
-            one = functools.partial(forward, params, batch_stats)
-            stacked, after = jax.vmap(one)(jnp.stack(views), jnp.stack(rngs))
-            outputs = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(num_views)]
-            return outputs, models.in_turn(batch_stats, after)
-        for view, key in zip(views, rngs, strict=True):
-            out, batch_stats = forward(params, batch_stats, view, key)
-            outputs.append(out)
-        return outputs, batch_stats
 
     def terms_of(params, method_state, student, target, i):
         variables = {"params": params["student"], "batch_stats": state.batch_stats}
@@ -400,24 +432,9 @@ def _update(
 
     def objective(params):
         """The label term and the sum of the others, each reduced over the views, and everything else as auxiliary."""
-        students, batch_stats = apply(params)
-        method_state = state.method_state
-        if method.joint_views:
-            terms, method_state, metrics = terms_of(params, method_state, _stack(students), _stack(teachers), 0)
-        else:
-            parts = []
-            if one_batch and not jax.tree.leaves(method_state):
-                apart = functools.partial(terms_of, params, method_state)
-                together = jax.vmap(apart)(_stack(students), _stack(teachers), jnp.arange(num_views))
-                parts = [jax.tree.map(lambda x, i=i: x[i], (together[0], together[2])) for i in range(num_views)]
-            else:
-                for i, (student, target) in enumerate(zip(students, teachers, strict=True)):
-                    terms, method_state, metrics = terms_of(params, method_state, student, target, i)
-                    parts.append((terms, metrics))
-            scale = 1 / num_views
-            weight = scale if learner.view_reduction == "mean" else 1.0
-            terms = jax.tree.map(lambda *x: weight * sum(x), *(terms for terms, _ in parts))
-            metrics = jax.tree.map(lambda *x: scale * sum(x), *(metrics for _, metrics in parts))
+        students, batch_stats = _student_outputs(learner, params["student"], state.batch_stats, views, rng)
+        of_view = functools.partial(terms_of, params)
+        terms, method_state, metrics = _over_views(learner, of_view, state.method_state, students, teachers)
         label = terms["label"]
         distill = sum((value for name, value in terms.items() if name != "label"), start=jnp.float32(0))
         correct = jnp.stack([outputs.logits.argmax(-1) == batch["label"] for outputs in students])
