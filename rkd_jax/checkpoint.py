@@ -207,8 +207,9 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         alone = _alone("checkpoints")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=True, create=False, multiprocessing_options=alone
-        )
+            max_to_keep=2, enable_async_checkpointing=True, create=False, multiprocessing_options=alone,
+            cleanup_tmp_directories=True,  # of saves that a kill cut short
+        )  # fmt: skip
         # Uncompressed: twice as fast to save, and what packs states can do better (see `rkd_jax.report.pack`).
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone),

@@ -216,6 +216,15 @@ def test_a_checkpoint_for_which_memory_does_not_suffice_is_not_set_aside(tmp_pat
     states.close()
 
 
+def test_what_a_kill_left_of_a_save_is_removed(tmp_path):
+    states = checkpoint.Checkpoints(tmp_path)
+    states.save(1, {"a": np.arange(5.0)}, {})
+    states.close()
+    shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp")
+    checkpoint.Checkpoints(tmp_path).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
 @pytest.mark.parametrize("damage", ["cut", "lost"])
 def test_checkpoint_cut_short_or_with_a_lost_file(tmp_path, damage, caplog):
     tree = {"a": np.random.default_rng(0).normal(size=50_000)}
