@@ -13,13 +13,11 @@ def read_json(
     """A file of a run; ValueError, with the mend, where it is damaged, or has not all names that are `needed`."""
     try:
         found = json.loads(path.read_text())
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}")
-        if missing := needed - set(found):
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return found
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); {mend}") from error
+    if missing := needed - set(found if isinstance(found, dict) else ()):
+        raise ValueError(f"{path} lacks {', '.join(sorted(missing))}; {mend}")
+    return found
 
 
 def write_json(path: Path, value: Any) -> None:

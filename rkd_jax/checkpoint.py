@@ -134,6 +134,7 @@ def load_network(
     try:
         variables = _restore_numpy(path / "variables")
     except Exception as error:  # Orbax and TensorStore raise many kinds for a file cut short
+        _check_readable(error, f"{field}={str(path)!r}")
         raise ValueError(
             f"{field}={str(path)!r} is damaged or cut short: {_first_line(error)}; make it again"
         ) from error
@@ -171,6 +172,14 @@ def _writing(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be written: {why}; make room, and start again: a run goes on") from error
 
 
+def _check_readable(error: Exception, what: str) -> None:
+    """OSError or MemoryError where what failed says nothing about the files themselves."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        raise MemoryError(f"{what} cannot be read: the machine's memory does not suffice; make room") from error
+    if isinstance(error, PermissionError) or "PERMISSION_DENIED" in str(error):
+        raise OSError(f"{what} cannot be read: {_first_line(error)}; change its permissions") from error
+
+
 def _restore_numpy(path: Path) -> Any:
     _hush()
     reader = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone("network"))
@@ -194,6 +203,12 @@ def _checksum(tree: Any) -> int:
     return value
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what a kill left of saves, in a folder of training states that no process writes to."""
+    for path in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
 class Checkpoints:
     """The training states of one run: the newest two, so that a damaged one costs little.
 
@@ -207,9 +222,8 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         alone = _alone("checkpoints")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=True, create=False, multiprocessing_options=alone,
-            cleanup_tmp_directories=True,  # of saves that a kill cut short
-        )  # fmt: skip
+            max_to_keep=2, enable_async_checkpointing=True, create=False, multiprocessing_options=alone
+        )
         # Uncompressed: twice as fast to save, and what packs states can do better (see `rkd_jax.report.pack`).
         handlers = {
             "state": ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone),
@@ -250,9 +264,8 @@ class Checkpoints:
             if _checksum(found.state) != found.record["checksum"]:
                 raise ValueError("its checksum does not match")
             return found.state, found.record["progress"]
-        except (MemoryError, PermissionError):  # which say nothing about the file
-            raise
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged file
+            _check_readable(error, str(self._folder / str(step)))
             logging.warning(
                 "checkpoint %s is damaged and set aside (%s); trying the one before it",
                 self._folder / str(step),
@@ -265,8 +278,13 @@ class Checkpoints:
         def form(leaf: Any) -> str:
             return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
 
+        def by_name(tree: Any) -> dict[str, Any]:  # Orbax tells of dicts alone
+            leaves = jax.tree_util.tree_leaves_with_path(tree)
+            return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
         try:
-            different = steps.difference(self._manager.item_metadata(step)["state"].tree, template, form)
+            found = by_name(self._manager.item_metadata(step)["state"].tree)
+            different = steps.difference(found, by_name(template), form)
         except Exception:  # it is damaged, as reading it will tell
             return
         if different:

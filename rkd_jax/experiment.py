@@ -147,6 +147,12 @@ def build(config: ConfigDict) -> Experiment:
     splits = load_splits(fields)
     if not (num_train := len(splits.train.labels)):
         raise ValueError(f"config.dataset={fields.dataset!r} has images to test on alone; add train/")
+    height, width = splits.train.images.shape[1:3]
+    if height != width:
+        raise ValueError(
+            f"config.dataset={fields.dataset!r} has images of {height} x {width} pixels, and networks are trained on "
+            f"square ones; set config.image_size={min(height, width)}, say, to which they are resized"
+        )
     if batch_size > num_train:
         raise ValueError(
             f"config.batch_size={batch_size} exceeds the {num_train} training examples of {fields.dataset}; lower it "
@@ -177,7 +183,7 @@ def build(config: ConfigDict) -> Experiment:
         teacher_normalization=steps.Normalization(tuple(metadata["mean"]), tuple(metadata["std"])) if teacher else None,
     )
     fields.one_of("view_reduction", ("sum", "mean"))
-    loop = _loop(fields, steps_per_epoch)
+    loop = _loop(fields, steps_per_epoch, num_steps)
     fields.at_least("seed", 0, MOST_SEED)
     if fields.data_seed is not None:
         fields.at_least("data_seed", 0, MOST_SEED)
@@ -201,14 +207,14 @@ def build(config: ConfigDict) -> Experiment:
     return Experiment(resolved, splits, *networks, method, recipe, loop, schedule, method.wrap_optimizer(tx))
 
 
-def _loop(fields: Fields, steps_per_epoch: int) -> Loop:
+def _loop(fields: Fields, steps_per_epoch: int, num_steps: int) -> Loop:
     if not 0 < fields.eval_epochs < math.inf:
         raise ValueError(
             f"config.eval_epochs={fields.eval_epochs} is no number of epochs; take, say, 1.0, or as many as "
             "config.num_epochs to test at the end alone"
         )
     log_every, eval_every = fields.at_least("log_every", 1), max(1, round(fields.eval_epochs * steps_per_epoch))
-    most = min(log_every, eval_every, steps_per_epoch)  # a call ends with each of them
+    most = min(log_every, eval_every, steps_per_epoch, num_steps)  # a call ends with each of them
     # XLA's convolutions on CPU are 20 times slower inside a loop.
     steps_per_call = min(most, 1 if jax.default_backend() == "cpu" else 10)
     if fields.steps_per_call is not None:
@@ -216,7 +222,7 @@ def _loop(fields: Fields, steps_per_epoch: int) -> Loop:
         if steps_per_call > most and not fields.smoke:
             raise ValueError(
                 f"config.steps_per_call={steps_per_call} is more than the {most} steps between two logs "
-                "(config.log_every), tests (config.eval_epochs) or in an epoch; lower it, or raise those"
+                "(config.log_every), two tests (config.eval_epochs), or of an epoch or a run; lower it, or raise those"
             )
     return Loop(
         steps_per_call=min(most, steps_per_call),

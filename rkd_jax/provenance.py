@@ -43,7 +43,7 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails where the tree is another project's
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails where git does not track this file
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("RKD_JAX_COMMIT")

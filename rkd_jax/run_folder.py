@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rkd_jax import _files, experiment
+from rkd_jax import _files, checkpoint, experiment
 
 # Fields that say where things lie, or how they are brought to the device, not what is computed.
 NOT_COMPUTED = ("data_dir", "teacher_checkpoint", "student_checkpoint", "checkpoint_seconds", "stream")
 # Fields that a run may go on with in another value.
-MAY_CHANGE = ("log_every", "eval_batch_size")
+MAY_CHANGE = ("log_every", "eval_batch_size", "steps_per_call")
 PUT_BACK = "put it back (a finished run has it in its summary.json), or name another folder"
 
 
@@ -70,7 +70,8 @@ def finished(workdir: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder, which is made; where it cannot be locked (NFS, Windows), nothing.
+    """Keeps other runs out of a folder, which is made, and removes what a kill left of a save; nothing where it cannot
+    be locked (NFS, Windows).
 
     The lock is on the folder itself, so that nothing of it is left behind, whatever becomes of the process.
     """
@@ -83,6 +84,7 @@ def locked(workdir: Path) -> Iterator[None]:
             stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a child of this process may have it open still
+            checkpoint.remove_unfinished(workdir / "checkpoints")
         except BlockingIOError:
             raise ValueError(f"--workdir={workdir}: another run trains there; wait for it, or stop it") from None
         except (OSError, ImportError):

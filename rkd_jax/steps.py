@@ -308,14 +308,12 @@ def difference(found: Any, expected: Any, form: Callable[[Any], Any]) -> tuple[s
     A name is "params/conv1/kernel"; a leaf that one tree lacks has the form "nothing" there.
     """
 
-    def forms(tree: Any) -> dict[str, Any]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): form(leaf) for path, leaf in leaves}
-
-    ours, theirs = forms(found), forms(expected)
-    for name in {**theirs, **ours}:
-        if (pair := tuple(side.get(name, "nothing") for side in (ours, theirs)))[0] != pair[1]:
-            return name, *pair
+    ours, theirs = (
+        {path: form(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (found, expected)
+    )
+    for path in {**theirs, **ours}:
+        if (pair := tuple(side.get(path, "nothing") for side in (ours, theirs)))[0] != pair[1]:
+            return jax.tree_util.keystr(path, simple=True, separator="/"), *pair
     return None
 
 

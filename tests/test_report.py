@@ -276,7 +276,7 @@ def test_damaged_and_absent_results_are_named(tmp_path, capsys):
     assert f"No result of scale full in {tmp_path / 'r'}" in capsys.readouterr().err
     path = cells.Cell(PAIR, "kd", 0).path(tmp_path / "r", "full")
     path.parent.mkdir(parents=True)
-    for text, complaint in (('{"pair"', "is damaged"), ('{"pair": "x", "cell": "kd"}', "it lacks best, commit")):
+    for text, complaint in (('{"pair"', "is damaged"), ('{"pair": "x", "cell": "kd"}', "lacks best, commit")):
         path.write_text(text)
         with pytest.raises(SystemExit, match=rf"kd-seed0.json .*{complaint}.*report.run makes it again"):
             tables.main(flags)

@@ -125,10 +125,12 @@ def test_evaluation_names_the_field_and_says_what_it_cannot_write(resnets, teach
 
 
 def test_evaluation_without_a_config_takes_that_of_each_run(tiny, teacher, tmp_path, capsys):
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 9, 9), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 9, 11), np.uint8)
     write_images(tmp_path / "images", pixels, np.arange(40) % 3)
     own = {"dataset": f"folder:{tmp_path / 'images'}", "image_size": 8, "num_train": 32, "num_test": None}
     alone = {"method": "cross_entropy", "teacher": "", "teacher_checkpoint": "", "num_steps": 1}
+    with pytest.raises(ValueError, match=r"has images of 9 x 11 pixels, .*; set config\.image_size=9, say, to which"):
+        runs.distil(tiny(**{**own, "image_size": None}, **alone), tmp_path / "all" / "own")
     runs.distil(tiny(**own, **alone), tmp_path / "all" / "own")
     runs.distil(tiny(**alone), tmp_path / "all" / "digits")
     other = tiny(dataset="cifar100", num_test=None)
@@ -139,8 +141,9 @@ def test_evaluation_without_a_config_takes_that_of_each_run(tiny, teacher, tmp_p
     assert (found[0]["dataset"], found[0]["images"]) == ("digits", 40)
 
     moved = shutil.copytree(tmp_path / "all" / "own" / "best", tmp_path / "moved")  # from its run
+    assert evaluate.run(tiny(num_train=None, num_test=None), moved, {})[0]["images"] == 3  # in its size
     metadata = json.loads((moved / "metadata.json").read_text())
-    del metadata["image_size"]  # as in a network of older days
+    del metadata["image_size"]  # as in a network that was converted
     (moved / "metadata.json").write_text(json.dumps(metadata))
     with pytest.raises(ValueError, match=r"was trained on folder:.*; name --config.dataset and --config.image_size"):
         evaluate.run(tiny(), moved, {})

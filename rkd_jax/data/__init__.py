@@ -48,12 +48,6 @@ def load(
             splits = _prepared.load(argument, data_dir, image_size)
         else:
             splits = _folder.load(argument, image_size)
-        height, width = splits.test.images.shape[1:3]
-        if height != width:
-            raise ValueError(
-                f"config.dataset={name!r} has images of {height} x {width} pixels, and networks here take square ones; "
-                f"set config.image_size={min(height, width)}, say, to which they are resized"
-            )
     elif name in names():
         _check_size(name, image_size)
         splits = importlib.import_module(f"{__name__}.{name}").load(data_dir)

@@ -38,9 +38,10 @@ def load(path: str, image_size: int | None = None) -> Splits:
             f"{others}); add it, or name folder:{root / 'train'}, of which every tenth image is then held out"
         )
     classes = _classes(parts[0])
-    if parts == [root] and classes and all(name.lower() in SPLITS and _classes(root / name) for name in classes):
+    alike = [name for name in classes if name.lower() in SPLITS and _classes(parts[0] / name)]
+    if parts == [root] and len(alike) > 1:
         raise ValueError(
-            f"config.dataset='folder:{path}': {' and '.join(classes)} look like parts of a set, not like classes; "
+            f"config.dataset='folder:{path}': {' and '.join(alike)} look like parts of a set, not like classes; "
             "name them train/ and test/"
         )
     files = [_files(part, classes) for part in parts]
@@ -58,7 +59,7 @@ def load(path: str, image_size: int | None = None) -> Splits:
 
 
 def _classes(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
 def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:

@@ -114,7 +114,7 @@ class Campaign:
             )
         self.record: dict[str, Any] = {"scale": scale, "items": {}}
         if self._record_path.exists():
-            self.record = _files.read_json(self._record_path, "begin anew in a new folder, with the parts of state/")
+            self.record = _files.read_json(self._record_path, "begin in a new folder, with state/", set(self.record))
         for flag, value in (("scale", scale), ("dtype", dtype)):
             there = self.record.get(flag, value)
             if value is not None and there != value:
