@@ -577,11 +577,14 @@ def test_what_the_numbers_come_from_is_told_apart(tiny, tmp_path):
 def test_teacher_that_is_not_there(tiny, tmp_path):
     (tmp_path / "run" / "best").mkdir(parents=True)
     (tmp_path / "run" / "best" / "metadata.json").write_text("{}")
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text("{}")
     mend = ".*rkd_jax.convert .*; config.compare=True trains one, too"
     for path, message in (
         ("", f" is not set{mend}"),
         (str(tmp_path / "none"), f"=.*none' holds no network{mend}"),
         (str(tmp_path / "run"), "=.*run' is a run's folder; name the network in it, .*run/best'"),
+        (str(tmp_path / "begun"), "=.*begun' is the folder of a run that has no network yet"),
     ):
         with pytest.raises(FileNotFoundError, match=f"config.teacher_checkpoint{message}"):
             experiment.build(tiny(teacher_checkpoint=path))
