@@ -43,7 +43,7 @@ def main(argv):
         if DISTRIBUTED.value:
             processes.initialize(DISTRIBUTED.value)
         name = os.path.splitext(name)[0] + ("-smoke" if CONFIG.value.get("smoke") else "")
-        workdir = WORKDIR.value or os.path.join("runs", name)
+        workdir = os.path.expanduser(WORKDIR.value or os.path.join("runs", name))
         if MODE.value == "train":
             runs.run(CONFIG.value, workdir)
         else:

@@ -1,6 +1,6 @@
 """The pictures and numbers of soft_ranking.md, from a teacher's logits on a test set.
 
-    python docs/soft_ranking.py --checkpoint cifar100_resnet56.pt --data_dir ~/tensorflow_datasets
+    python -m docs.soft_ranking --checkpoint cifar100_resnet56.pt --data_dir ~/tensorflow_datasets
 
 writes images/soft_ranks.png, images/blocks.png and images/soft_ranking.json beside this file, and with --rows=FILE.npz
 the logits of the first 64 images, which tests/test_ranking.py uses. matplotlib is needed.

@@ -31,6 +31,7 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
 
     A field that the config lacks, or a config that cannot be read, ends the program in one sentence.
     """
+    given = sys.argv
     if not names_config(argv):
         argv = sys.argv = [argv[0], f"--config={default}", *argv[1:]]  # config_flags reads sys.argv
     try:
@@ -61,6 +62,8 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
         if "[Errno 2]" in str(error):  # of its several lines, the one that names the file
             error = f"{str(error).splitlines()[-1].strip()}; name a file of {os.path.dirname(default)}"
         sys.exit(f"Error: --config: {error}" + (f"\n(in {place})" if place else ""))
+    finally:
+        sys.argv = given  # the command of the run's record
 
 
 def own_code(error: BaseException) -> str:

@@ -160,6 +160,8 @@ def test_command_evaluates_a_run_without_its_config(tiny, tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "tests")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("(7 test images of digits)") == 2
+    again = json.loads((tmp_path / "evaluation.json").read_text())["command"]
+    assert again.endswith(f"main.py --mode=eval --workdir={tmp_path} --config.num_test=7")  # and no config is named
 
 
 def test_weights_to_begin_with_are_the_last_students_alone(resnets):

@@ -22,7 +22,7 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 def load(path: str, image_size: int | None = None) -> Splits:
     """The images as RGB, or grey where all of them are; of unequal size, they are resized to 64 (or `image_size`)."""
     root = Path(path).expanduser()
-    if not root.is_dir():
+    if not path or not root.is_dir():
         raise FileNotFoundError(f"config.dataset='folder:{path}' is no folder; it should hold one sub-folder a class")
     held_out = next((root / name for name in HELD_OUT if (root / name).is_dir()), None)
     if held_out and (root / "train").is_dir():
