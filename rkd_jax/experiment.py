@@ -18,6 +18,7 @@ from rkd_jax import checkpoint, data, methods, models, optim, steps
 
 VIEWS = {"weak": ("weak",), "strong": ("strong",), "both": ("weak", "strong")}
 MOST_SEED = 2**32 - 1  # jax.random.key would drop the bits above
+MOST_STEPS = 2**31 - 1  # of the state's int32
 SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_every": 2, "eval_batch_size": 16}
 # The fields, beside those of methods, that may be None.
 UNSET = ("image_size", "num_train", "num_test", "num_steps", "steps_per_call", "data_seed", "fold_teacher", "stream")
@@ -159,9 +160,9 @@ def build(config: ConfigDict) -> Experiment:
             "or raise config.num_train"
         )
     steps_per_epoch = num_train // batch_size
-    num_steps = fields.at_least("num_epochs", 1) * steps_per_epoch
+    num_steps = fields.at_least("num_epochs", 1, MOST_STEPS // steps_per_epoch) * steps_per_epoch
     if fields.num_steps is not None:
-        num_steps = fields.at_least("num_steps", 1)
+        num_steps = fields.at_least("num_steps", 1, MOST_STEPS)
 
     student = models.create(fields.student, splits.num_classes, dtype, splits.train.images.shape[1], "config.student")
     student_variables, begun = None, {}
@@ -342,9 +343,10 @@ def create_method(config: ConfigDict) -> methods.Distiller:
 
 def load_splits(fields: Fields) -> data.Splits:
     """The data set that the fields name; random images of its form under config.smoke."""
-    name, data_dir, image_size = fields.dataset, fields.data_dir, fields.image_size
-    num_train, num_test = (
-        None if getattr(fields, count) is None else fields.at_least(count, 1) for count in ("num_train", "num_test")
+    name, data_dir = fields.dataset, fields.data_dir
+    num_train, num_test, image_size = (
+        None if getattr(fields, count) is None else fields.at_least(count, 1)
+        for count in ("num_train", "num_test", "image_size")
     )
     if fields.smoke:
         return data.random(name, num_train, num_test, image_size, data_dir)

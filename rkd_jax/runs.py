@@ -167,6 +167,8 @@ def _axes(config: ConfigDict) -> list[list[list[tuple[str, str]]]]:
                     f"config.sweep={config.sweep!r}: {word!r} is not FIELD=VALUE,VALUE,... of a field of the config; "
                     'write, say, --config.sweep="lam=0.1,1,5 seed=0,1"'
                 )
+            if any(field == other for axis in axes for other, _ in axis):
+                raise ValueError(f"config.sweep={config.sweep!r} varies {field} twice; name all its values at once")
             axes.append([(field, value) for value in values.split(",")])
         sweeps.append(axes)
     return sweeps

@@ -200,6 +200,7 @@ def test_one_that_diverges_does_not_stop_the_others(tiny, tmp_path, capsys):
         ("lam", "'lam' is not FIELD=VALUE"),
         ("lam=1,much", "lam=much is no float, which config.lam takes"),
         ("lam=1,1.0", "names a student twice"),
+        ("lam=1 lam=2", "varies lam twice; name all its values at once"),
         ("decay_epochs=1,2", "decay_epochs is a list of numbers, which a sweep cannot vary; start a run for each"),
         ("method=kd,takd", "method=takd trains a chain of networks"),
         ("method=kd,dkf", "did you mean 'dk"),
