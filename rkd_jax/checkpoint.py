@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -278,9 +279,10 @@ class Checkpoints:
         def form(leaf: Any) -> str:
             return f"{np.dtype(leaf.dtype)}{list(leaf.shape)}"
 
-        def by_name(tree: Any) -> dict[str, Any]:  # Orbax tells of dicts alone
+        def by_name(tree: Any) -> Mapping[str, Any]:  # in the tree's order; Orbax tells of dicts alone
             leaves = jax.tree_util.tree_leaves_with_path(tree)
-            return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+            names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+            return OrderedDict(zip(names, (leaf for _, leaf in leaves), strict=True))
 
         try:
             found = by_name(self._manager.item_metadata(step)["state"].tree)

@@ -217,7 +217,7 @@ def _loop(fields: Fields, steps_per_epoch: int, num_steps: int) -> Loop:
     log_every, eval_every = fields.at_least("log_every", 1), max(1, round(fields.eval_epochs * steps_per_epoch))
     most = min(log_every, eval_every, steps_per_epoch, num_steps)  # a call ends with each of them
     # XLA's convolutions on CPU are 20 times slower inside a loop.
-    steps_per_call = min(most, 1 if jax.default_backend() == "cpu" else 10)
+    steps_per_call = 1 if jax.default_backend() == "cpu" else 10
     if fields.steps_per_call is not None:
         steps_per_call = fields.at_least("steps_per_call", 1)
         if steps_per_call > most and not fields.smoke:

@@ -70,10 +70,10 @@ def finished(workdir: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder, which is made, and removes what a kill left of a save; nothing where it cannot
-    be locked (NFS, Windows).
+    """Keeps other runs out of a folder, which is made, and removes what a kill left of a save.
 
-    The lock is on the folder itself, so that nothing of it is left behind, whatever becomes of the process.
+    Does nothing where a folder cannot be locked (NFS, Windows). The lock is on the folder itself, so that nothing of it
+    is left behind, whatever becomes of the process.
     """
     with contextlib.ExitStack() as stack:
         try:

@@ -307,7 +307,6 @@ def difference(found: Any, expected: Any, form: Callable[[Any], Any]) -> tuple[s
 
     A name is "params/conv1/kernel"; a leaf that one tree lacks has the form "nothing" there.
     """
-
     ours, theirs = (
         {path: form(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (found, expected)
     )

@@ -433,7 +433,7 @@ def test_a_state_of_other_arrays_is_no_damaged_one(tiny, tmp_path, monkeypatch):
     train.train_and_evaluate(config, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     monkeypatch.setattr(kd.Method, "init", lambda *_: ({"w": jnp.zeros(3)}, {}))
-    with pytest.raises(ValueError, match=r"4 has .*/method/w as nothing, where it is float32\[3\] now: "):
+    with pytest.raises(ValueError, match=r"4 has params/method/w as nothing, where it is float32\[3\] now: "):
         train.train_and_evaluate(config, tmp_path / "run")
     monkeypatch.setattr(kd.Method, "init", lambda *_: ({}, {"count": np.zeros(3, np.int32)}))
     with pytest.raises(ValueError, match=r"4 has method_state/count as nothing, where it is int32\[3\] now: "):
