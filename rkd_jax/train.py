@@ -207,6 +207,7 @@ class Student:
             self.state = steps.run_once(run.create_state, key, run.student_variables)
         self.parameters = models.count_parameters(self.state.params["student"])
         self.progress: dict[str, Any] = {"best": None, "last": None, "totals": {}, "seconds": 0.0}
+        self._networks: dict[str, tuple[Any, dict[str, Any]]] = {}  # not on disk yet: variables and metadata, by name
 
     def saved(self) -> list[int]:
         """The steps that it has checkpoints of; process 0 looks."""
@@ -243,6 +244,7 @@ class Student:
         """Looks whether a loss or an update was NaN or infinite; no step after it is logged, tested or saved."""
         if self.bad_step is None and (step := int(state.bad_step)) >= 0:
             self.bad_step = step
+            self._write_networks()
             if self._label:
                 self.writer.say(f"step {step:,} is not finite; the other students go on")
 
@@ -255,7 +257,10 @@ class Student:
         self.writer.write(step, "train", means | {"learning_rate": rate, "images_per_second": speed})
 
     def evaluate(self, step: int, state: steps.TrainState) -> None:
-        """Tests the network, and saves it as the last and, where it is, the best."""
+        """Tests the network, and keeps it as the last and, where it is, the best, to be saved with the next checkpoint.
+
+        Not at once: a network of many small arrays takes longer to write than a GPU takes for a hundred steps.
+        """
         run, variables = self.run, {"params": state.params["student"], "batch_stats": state.batch_stats}
         images = jax.ShapeDtypeStruct((1, *run.splits.test.images.shape[1:]), np.float32)
         variables = run.method.deploy(run.student, images, variables, state.params["method"], state.method_state)
@@ -263,13 +268,19 @@ class Student:
         result = {"step": step, **steps.evaluate(self._eval_step, variables, *self.run.splits.test, size)}
         self.writer.write(step, "test", {name: result[name] for name in ("top1", "top5", "loss")})
         best = self.progress["best"] is None or result["top1"] > self.progress["best"]["top1"]
+        variables = jax.device_get(variables) if processes.leads() else None  # the next step takes the device's
         for name in ("last", "best") if best else ("last",):
-            self.progress[name] = result
+            self.progress[name], self._networks[name] = result, (variables, _facts(self.run, result))
+
+    def _write_networks(self) -> None:
+        for name, (variables, metadata) in self._networks.items():
             if processes.leads():
-                save_network(self.workdir / name, variables, _facts(self.run, result))
+                save_network(self.workdir / name, variables, metadata)
+        self._networks = {}
 
     def save(self, step: int, state: steps.TrainState, totals: Mapping[str, jax.Array], seconds: float) -> None:
-        """Writes a checkpoint."""
+        """Writes the networks of the tests since the last checkpoint, and a checkpoint."""
+        self._write_networks()
         self.progress |= {"totals": {k: float(v) for k, v in totals.items()}, "seconds": seconds}
         if self._checkpoints:
             self._checkpoints.save(step, state, self.progress)
