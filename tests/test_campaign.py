@@ -343,8 +343,33 @@ def test_absent_data_is_said_before_the_first_benchmark(tmp_path, monkeypatch, o
 def test_nothing_done_yet(tmp_path, capsys):
     campaign.main(["--out", str(tmp_path), "--minutes", "0"])
     text = capsys.readouterr().out
-    assert "0 of 14 items are done\nnext: soft_rank, about 0:03:20\n" in text
+    assert "0 of 16 items are done\nnext: soft_rank, about 0:03:20\n" in text
     assert "then: headline, time unknown" in text
+
+
+def test_chosen_items_alone_in_their_order(tmp_path, capsys):
+    names = ["resnet56-resnet20", "soft_rank"]
+    campaign.main(["--out", str(tmp_path), "--minutes", "0", "--items", *names])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[1:]] == ["next: resnet56-resnet20", "then: soft_rank"]
+    with pytest.raises(SystemExit, match=r"Error: --items: 'kd' is not in the list; it has soft_rank, "):
+        campaign.main(["--out", str(tmp_path), "--minutes", "0", "--items", "kd"])
+
+
+def test_longer_item_does_what_the_shorter_one_has_not(tmp_path):
+    made = campaign.Campaign(tmp_path, "full", 1, "", None, 1 << 26)
+    short, *longer = (item for item in campaign.items("full") if item.name.startswith("resnet56-"))
+    for cell in short.members:
+        run.write(
+            cell,
+            made.plan(short)[0],
+            dict.fromkeys(("best", "last", "commit", "versions", "device", "date"), 0),
+            made.results,
+            "full",
+        )
+    left = [[each.cells[0].name for each in run.missing(made.plan(item), made.results, "full")] for item in longer]
+    assert left == [["teacher", "kd"], ["teacher", "kd", "cross_entropy"]]
+    assert {each.config.steps_per_call for each in made.plan(longer[1])} == {71}
 
 
 def test_given_teachers_are_taken_once(teacher, tmp_path):

@@ -38,9 +38,14 @@ class Scale(NamedTuple):
     cells: str  # the scale of its cells
     margin: float  # seconds kept at a slice's end for the last save and for packing
     least: float  # seconds without which no training is begun or taken up: it would compile and stop
+    steps: int | None = None  # of a call, and from one log to the next; None: as the configs have it
 
 
-SCALES = {"full": Scale("full", margin=45.0, least=75.0), "smoke": Scale("tiny", margin=12.0, least=8.0)}
+SCALES = {
+    # An epoch is 781 steps, 11 times 71: all calls are of one length, and there is one program to compile.
+    "full": Scale("full", margin=45.0, least=75.0, steps=71),
+    "smoke": Scale("tiny", margin=12.0, least=8.0),
+}
 
 
 class Item(NamedTuple):
@@ -70,7 +75,11 @@ def items(scale: str) -> list[Item]:
         students("headline", (PAIR, ranking), (PAIR, "cross_entropy"), (PAIR, "kd")),
         *benchmarks[3:],
         students("eps", *((PAIR, f"{ranking}-eps={eps}-rank_scale=logits") for eps in (0.1, 0.05))),
-        students("resnet56-resnet20", ("cifar100_res56_res20", ranking)),  # with a given teacher, or not
+        # With a given teacher, or not at all. Of the longer two, what the one before has done is not done again.
+        *(
+            students(f"resnet56-resnet20{name}", *(("cifar100_res56_res20", method) for method in (ranking, *more)))
+            for name, more in (("", ()), ("-kd", ("kd",)), ("-fair", ("kd", "cross_entropy")))
+        ),
         students("alone-resnet8x4", ("teachers.cifar100_resnet8x4", "cross_entropy")),
         teacher("wrn_40_2"),
         students("students-wrn_40_2", ("cifar100_wrn40_2_wrn16_2", ranking), ("cifar100_wrn40_2_wrn40_1", ranking)),
@@ -95,8 +104,21 @@ def _benchmarks(scale: str) -> list[Item]:
 class Campaign:
     """A campaign's folder, and the slice of it that is under way."""
 
-    def __init__(self, out: Path, scale: str, minutes: float, data_dir: str, dtype: str | None, limit: int):
+    def __init__(
+        self,
+        out: Path,
+        scale: str,
+        minutes: float,
+        data_dir: str,
+        dtype: str | None,
+        limit: int,
+        chosen: Sequence[str] = (),
+    ):
         self.out, self.scale, self.limit = out, scale, limit
+        listed = {item.name: item for item in items(scale)}
+        if unknown := [name for name in chosen if name not in listed]:
+            raise ValueError(f"--items: {unknown[0]!r} is not in the list; it has {', '.join(listed)}")
+        self._items = [listed[name] for name in chosen] or list(listed.values())
         self.results, self.work = out / "results" / "tables", out / "work"
         self._start = time.monotonic()
         self._end = self._start + 60 * minutes - SCALES[scale].margin
@@ -130,8 +152,8 @@ class Campaign:
         return self.record["items"].get(item.name, {}).get("state") in ("done", "failed")
 
     def open_items(self) -> list[Item]:
-        """The items that are left, in order."""
-        return [item for item in items(self.scale) if not self.is_done(item)]
+        """The items that are left of those chosen, in order."""
+        return [item for item in self._items if not self.is_done(item)]
 
     def lacking(self, item: Item) -> str:
         """The teacher that an item needs and that is neither there nor trained by it; "" where it can be run."""
@@ -146,6 +168,8 @@ class Campaign:
         planned = run.plan(item.members, self._cells_scale, self.work / item.name, self.out / "teachers")
         for each in planned:
             each.config.update(dtype=self.dtype(), data_dir=self._data_dir)
+            if steps := SCALES[self.scale].steps:
+                each.config.update(log_every=steps, steps_per_call=steps)
         return planned
 
     def dtype(self) -> str:
@@ -416,6 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="smoke: a rehearsal of minutes on a CPU")
     parser.add_argument("--data_dir", default="", help="as config.data_dir; smoke without it: random images")
     parser.add_argument("--teachers", type=Path, help="it holds teachers that need not be trained: NAME or NAME/best")
+    parser.add_argument("--items", nargs="+", default=(), metavar="ITEM", help="of the list these alone, in this order")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--state_mib", type=int, default=64, help="warn where DIR/state takes more")
     flags = parser.parse_args(arguments)
@@ -427,7 +452,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if flags.scale == "smoke" and not data_dir:
             data_dir = str(flags.out / "data")
             _random_data(flags.out / "data")
-        campaign = Campaign(flags.out, flags.scale, flags.minutes, data_dir, flags.dtype, flags.state_mib << 20)
+        campaign = Campaign(
+            flags.out, flags.scale, flags.minutes, data_dir, flags.dtype, flags.state_mib << 20, flags.items
+        )
         if flags.teachers:
             campaign.given(_take_teachers(flags.teachers, flags.out / "teachers", flags.scale))
         if flags.minutes > 0:
