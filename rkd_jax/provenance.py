@@ -21,7 +21,7 @@ def device_name() -> str:
 
 
 def record() -> dict[str, Any]:
-    """What a result must name: command, commit, versions, device, whose convolutions, date."""
+    """What a result must name: command, commit, versions, device, whose convolutions, XLA's flags if any, date."""
     module = sys.modules["__main__"].__spec__  # None for a script
     script = ["-m", module.name] if module else [os.path.relpath(path) for path in sys.argv[:1] if path]  # "": a prompt
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -31,6 +31,7 @@ def record() -> dict[str, Any]:
         "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
         "device": device_name(),
         "convolutions": "rkd_jax" if _conv.available() else "XLA",
+        **({"XLA_FLAGS": flags} if (flags := os.environ.get("XLA_FLAGS")) else {}),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -369,7 +369,7 @@ def test_longer_item_does_what_the_shorter_one_has_not(tmp_path):
         )
     left = [[each.cells[0].name for each in run.missing(made.plan(item), made.results, "full")] for item in longer]
     assert left == [["teacher", "kd"], ["teacher", "kd", "cross_entropy"]]
-    assert {each.config.steps_per_call for each in made.plan(longer[1])} == {71}
+    assert {each.config.steps_per_call for each in made.plan(longer[1])} == {781}
 
 
 def test_given_teachers_are_taken_once(teacher, tmp_path):

@@ -42,8 +42,8 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    # An epoch is 781 steps, 11 times 71: all calls are of one length, and there is one program to compile.
-    "full": Scale("full", margin=45.0, least=75.0, steps=71),
+    # An epoch a call: all are of one length, so that there is one program to compile, and the host has little to do.
+    "full": Scale("full", margin=45.0, least=75.0, steps=781),
     "smoke": Scale("tiny", margin=12.0, least=8.0),
 }
 
@@ -169,7 +169,7 @@ class Campaign:
         for each in planned:
             each.config.update(dtype=self.dtype(), data_dir=self._data_dir)
             if steps := SCALES[self.scale].steps:
-                each.config.update(log_every=steps, steps_per_call=steps)
+                each.config.update(log_every=steps, steps_per_call=steps, eval_batch_size=2500)
         return planned
 
     def dtype(self) -> str:
