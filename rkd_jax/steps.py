@@ -7,6 +7,7 @@ interrupted. Several students may share a program: one batch, one set of views a
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from rkd_jax import _devices, losses, methods, models, optim
 from rkd_jax.data import augment
 from rkd_jax.methods import Context, Distiller
 
+PACKED = 1 << 16  # elements: float32 arrays of at most so many are packed
 ORDER, STEP, INIT = 0, 1, 2  # the streams that the run's key is folded into
 LOGGED = ("loss", "count", "step", "epoch", "kind", "learning_rate", "images_per_second")  # by the log itself
 FOR_ONCE = {"cpu": {"xla_backend_optimization_level": 2}}  # XLA's options, by platform, of what `run_once` compiles
@@ -242,15 +244,56 @@ def make_train_step(
             states, metrics = train_step(states, inputs, jax.tree.map(lambda x: x[0], source) if streamed else source)
             return tuple(map(_checked, states)), metrics
 
-        def body(states, batch):
-            return train_step(states, inputs, batch if streamed else source)
+        packings = [_Packing(state) for state in states]
 
-        states, metrics = jax.lax.scan(body, states, source if streamed else None, count)
+        def body(packed, batch):
+            states = tuple(packing.unpack(state) for packing, state in zip(packings, packed, strict=True))
+            states, metrics = train_step(states, inputs, batch if streamed else source)
+            return tuple(packing.pack(state) for packing, state in zip(packings, states, strict=True)), metrics
+
+        packed = tuple(packing.pack(state) for packing, state in zip(packings, states, strict=True))
+        packed, metrics = jax.lax.scan(body, packed, source if streamed else None, count)
+        states = tuple(packing.unpack(state) for packing, state in zip(packings, packed, strict=True))
         return tuple(map(_checked, states)), jax.tree.map(lambda x: x.sum(0), metrics)
 
     return jax.jit(
         train_steps, static_argnums=3, donate_argnums=0, in_shardings=(whole, whole, None), out_shardings=whole
     )
+
+
+class _Packing:
+    """A state with its small arrays in one vector per field: a GPU then updates each field by one kernel."""
+
+    def __init__(self, state: TrainState):
+        self._fields = {}
+        for field in ("params", "batch_stats", "opt_state"):
+            leaves, treedef = jax.tree.flatten(getattr(state, field))
+            small = [i for i, x in enumerate(leaves) if x.dtype == jnp.float32 and x.size <= PACKED]
+            self._fields[field] = treedef, small, [leaves[i].shape for i in small]
+
+    def pack(self, state: TrainState) -> TrainState:
+        """The state, each of its fields a pair of the vector and the other leaves."""
+        packed = {}
+        for field, (_, small, _) in self._fields.items():
+            leaves = jax.tree.leaves(getattr(state, field))
+            vector = jnp.concatenate([leaves[i].ravel() for i in small]) if small else None
+            packed[field] = vector, [x for i, x in enumerate(leaves) if i not in small]
+        return state._replace(**packed)
+
+    def unpack(self, state: TrainState) -> TrainState:
+        """The state that was packed."""
+        fields = {}
+        for field, (treedef, small, shapes) in self._fields.items():
+            vector, others = getattr(state, field)
+            others, start, leaves = iter(others), 0, {}
+            for i, shape in zip(small, shapes, strict=True):
+                size = math.prod(shape)
+                leaves[i] = vector[start : start + size].reshape(shape)
+                start += size
+            fields[field] = treedef.unflatten(
+                [leaves[i] if i in leaves else next(others) for i in range(treedef.num_leaves)]
+            )
+        return state._replace(**fields)
 
 
 def _checked(state: TrainState) -> TrainState:
