@@ -44,7 +44,8 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
         cause = error
         while cause and not (place := own_code(cause)):  # what the config's file raised, if it was that
             cause = cause.__context__
-        sys.exit("Error: " + (f"--config: {cause}\n(in {place})" if cause else str(error).removeprefix("flag ")))
+        said = re.sub(r"\('Non-boolean argument.*\)", "not a boolean; write True or False", str(error))
+        sys.exit("Error: " + (f"--config: {cause}\n(in {place})" if cause else said.removeprefix("flag ")))
     except SyntaxError as error:
         sys.exit(f"Error: --config: {error.filename}, line {error.lineno}: {error.msg}")
     except (AttributeError, KeyError) as error:  # ml_collections' words come quoted, once for each of its layers
@@ -93,6 +94,8 @@ def one_sentence(arguments: argparse.Namespace, **names: str) -> Iterator[None]:
     words = {name: f"--{name}" for name in vars(arguments)} | names
     try:
         yield
+    except BrokenPipeError:  # of `| head`, which has seen enough; what is still to be written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError, MemoryError) as error:
         said = re.sub(r"config\.(\w+)", lambda field: words.get(field[1], field[0]), str(error))
         sys.exit(f"Error: {said}" + (f"\n(in {place})" if (place := own_code(error)) else ""))

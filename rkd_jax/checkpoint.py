@@ -49,7 +49,7 @@ def save_network(path: str | os.PathLike, variables: Any, metadata: Mapping[str,
     """
     if missing := REQUIRED - set(metadata):
         raise ValueError(f"metadata of a network lacks {', '.join(sorted(missing))}")
-    path = Path(path).absolute()
+    path = Path(path).expanduser().absolute()
     fresh, stale = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     for folder in (fresh, stale):
         shutil.rmtree(folder, ignore_errors=True)
@@ -76,7 +76,7 @@ def _alone(what: str) -> ocp.options.MultiprocessingOptions:
 
 def read_metadata(path: str | os.PathLike, field: str = "path") -> dict[str, Any]:
     """The metadata of a network folder; FileNotFoundError, naming the config's `field`, where there is none."""
-    given, path = str(path), Path(path)
+    given, path = str(path), Path(path).expanduser()
     if not given or not (path / "metadata.json").is_file():
         if given and (path / "best" / "metadata.json").is_file():
             best = str(path / "best")
@@ -114,7 +114,7 @@ def load_network(
       field: the config field that named the folder, for the errors.
     """
     metadata = read_metadata(path, field)
-    path = Path(path).absolute()
+    path = Path(path).expanduser().absolute()
     if name is not None and metadata["network"].lower() != name.lower():
         raise ValueError(f"{field}={str(path)!r} holds a {metadata['network']}, not a {name}; name the right one")
     if num_classes is not None and metadata["num_classes"] != num_classes:

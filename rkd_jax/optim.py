@@ -86,8 +86,9 @@ def _factory(name: str) -> Callable[..., optax.GradientTransformation]:
     if name == "sgd":
         return _sgd
     if ":" not in name:
+        mend = f"'optax:{name.lower()}', or " if name.lower() != "sgd" and hasattr(optax, name.lower()) else ""
         raise ValueError(
-            f"config.optimizer={name!r} is not one of this package, which has 'sgd'; write 'optax:{name}', or "
+            f"config.optimizer={name!r} is not one of this package, which has 'sgd'; write {mend or 'that, or '}"
             "my_module:factory for your own"
         )
     return _own.load(name, "config.optimizer", "factory")

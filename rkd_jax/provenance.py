@@ -37,7 +37,12 @@ def record() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, with "+" where it was changed since; outside git, $RKD_JAX_COMMIT, or None."""
+    """$RKD_JAX_COMMIT, or else the commit of this source tree, with "+" where it was changed since; or None.
+
+    A tree that was copied over an older history, as to a machine that is lent, is not what git there takes it for.
+    """
+    if named := os.environ.get("RKD_JAX_COMMIT"):
+        return named
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -47,4 +52,4 @@ def _commit() -> str | None:
         git("ls-files", "--error-unmatch", Path(__file__).name)  # fails where git does not track this file
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("RKD_JAX_COMMIT")
+        return None

@@ -435,7 +435,8 @@ def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
         f"{config['student']} ({parameters:,} parameters) learns {config['dataset']}{teacher} by {config['method']}"
         + (f" ({with_fields})" if names else "")
         + f": {len(run.splits.train.labels):,} training and {len(run.splits.test.labels):,} test images of "
-        + f"{height}x{width}, {run.recipe.num_steps:,} steps of {run.recipe.batch_size}, seed {config['seed']}, "
+        + f"{height}x{width} in {run.splits.num_classes} classes, {run.recipe.num_steps:,} steps of "
+        + f"{run.recipe.batch_size}, seed {config['seed']}, "
         + f"on {provenance.device_name()}"
         + (" | SMOKE" + (": random images" if data.form(config["dataset"]) else "") if config["smoke"] else "")
         + (f" | optimizer {config['optimizer']} ({options})" if config["optimizer"] != "sgd" else "")

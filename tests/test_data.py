@@ -560,6 +560,8 @@ def test_folder_without_splits(tmp_path):
 def test_folder_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no folder; it should hold one sub-folder a class"):
         data.load(f"folder:{tmp_path}/absent")
+    with pytest.raises(ValueError, match=r"config\.dataset='tfds:' names no set; write tfds:NAME"):
+        data.load("tfds:")
     with pytest.raises(FileNotFoundError, match=r"config\.dataset='folder:' is no folder"):
         data.load("folder:")
     with pytest.raises(ValueError, match="holds 0 images in 0 sub-folders"):

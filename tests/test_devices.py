@@ -105,3 +105,13 @@ def test_no_device(command, teacher, tmp_path):
     assert line.startswith("Error: JAX can start no device: Unable to initialize backend 'abacus'")
     assert "unset JAX_PLATFORMS" in line
     assert not (tmp_path / "out").exists()
+
+
+def test_reader_that_has_seen_enough_is_no_error():
+    """As `| head` does: the pipe is closed before the command writes."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        command = [sys.executable, "-m", "rkd_jax.methods", "kd", "dkd"]
+        done = subprocess.run(command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -619,6 +619,8 @@ def test_unknown_names_suggest_the_nearest():
         ValueError, match=r"config.method='dkdd' is no method; did you mean 'dkd'\? .*ranking_alignment"
     ):
         methods.create("dkdd")
+    with pytest.raises(ValueError, match=r"config.method='KD' is no method; did you mean 'kd'\?"):
+        methods.create("KD")
     with pytest.raises(ValueError, match=r"config.method='zzz' is no method\. There are"):
         methods.create("zzz")
     with pytest.raises(ValueError, match=r"^config.inner='dkdd' is no method; did you mean 'dkd'\?"):

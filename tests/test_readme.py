@@ -74,6 +74,31 @@ def test_speeds_of_the_docs_are_those_of_results():
         ratios = " | ".join(f"{row['ratio'][peer]:.1f}" for peer in ("torchsort", "softjax", "while_loop"))
         time = f"{row['microseconds']['rkd_jax']:.0f}"
         assert f"| ({row['batch']}, {row['classes']}) | {row['eps']:g} | {time} | {ratios} |" in page
+    rows = json.loads((ROOT / "results" / "soft_rank_gpu.json").read_text())["rows"]
+    for row in (row for row in rows if row["pass"] == "forward+backward"):
+        shape = f"| ({row['batch']}, {row['classes']}) | {row['eps']:g} "
+        assert f"{shape}| {row['microseconds']['rkd_jax']:.0f} | {row['ratio']['while_loop']:.1f} |" in page
+
+
+def test_gpu_speeds_of_the_docs_are_those_of_results():
+    pytest.importorskip("torch")
+    from benchmarks import gpu_flags
+
+    found = json.loads((ROOT / "results" / "gpu_flags.json").read_text())
+    assert gpu_flags.table(found) in (ROOT / "docs" / "speed.md").read_text()
+
+
+def test_measured_row_of_the_readme_is_that_of_results():
+    cell = ROOT / "results" / "tables" / "full" / "cifar100_res56_res20" / "ranking_alignment-seed0.json"
+    found = json.loads(cell.read_text())
+    assert f"| {found['best']['top1']:.2f} %, best epoch; {found['last']['top1']:.2f} %, last " in README
+
+
+def test_views_of_the_docs_are_those_of_results():
+    from benchmarks import on_views
+
+    found = json.loads((ROOT / "results" / "on_views.json").read_text())
+    assert on_views.table(found["rows"]) in (ROOT / "docs" / "findings.md").read_text()
 
 
 def test_methods_table_of_the_docs_is_that_of_results():

@@ -318,14 +318,16 @@ def test_commit_of_another_project_is_none_of_ours(tmp_path, monkeypatch):
     package = tmp_path / "site-packages" / "rkd_jax"
     package.mkdir(parents=True)
     monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
-    monkeypatch.setenv("RKD_JAX_COMMIT", "named")
+    monkeypatch.delenv("RKD_JAX_COMMIT", raising=False)
     git("init")
     git("commit", "--allow-empty", "-m", "another project")
-    assert provenance._commit() == "named"
+    assert provenance._commit() is None
     (package / "provenance.py").write_text("")
     git("add", ".")
     git("commit", "-m", "this one")
     assert len(provenance._commit()) == 40
+    monkeypatch.setenv("RKD_JAX_COMMIT", "named")  # the tree may have been copied over an older history
+    assert provenance._commit() == "named"
 
 
 def test_command_of_a_prompt_is_python(monkeypatch):
@@ -593,6 +595,14 @@ def test_teacher_that_is_not_there(tiny, tmp_path):
             experiment.build(tiny(teacher_checkpoint=path))
 
 
+def test_network_under_the_home_folder(small_teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "teacher").symlink_to(small_teacher)
+    variables, metadata = checkpoint.load_network("~/teacher")
+    checkpoint.save_network("~/copy", variables, metadata)
+    assert checkpoint.read_metadata(tmp_path / "copy") == metadata
+
+
 def test_teacher_of_other_classes_or_shapes(tiny, small_teacher, tmp_path):
     variables, metadata = checkpoint.load_network(small_teacher)
     checkpoint.save_network(tmp_path / "classes", variables, metadata | {"num_classes": 7})
@@ -675,6 +685,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         ),
         ("--config.lerning_rate=1", 'Did you mean "learning_rate"'),
         ("--config.lam=much", "Error: --config.lam=much: "),
+        ("--config.smoke=Foo", "Error: --config.smoke=Foo: not a boolean; write True or False"),
         ("--mod=eval", "Error: Unknown command line flag 'mod'. Did you mean: mode ?"),
         ("--config=configs/none.py", "configs/none.py"),
         ("config.lam=1", "'config.lam=1' is no flag; write --config.FIELD=VALUE"),

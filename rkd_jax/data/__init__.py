@@ -44,6 +44,8 @@ def load(
     """
     kind, colon, argument = name.partition(":")
     if colon and kind in ("tfds", "folder"):
+        if name == "tfds:":
+            raise ValueError("config.dataset='tfds:' names no set; write tfds:NAME")
         if kind == "tfds":
             splits = _prepared.load(argument, data_dir, image_size)
         else:

@@ -159,5 +159,5 @@ def _name(method: type[Distiller]) -> str:
 
 
 def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name.lower(), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else "."

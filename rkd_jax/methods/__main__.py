@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with _flags.one_sentence(options, method="NAME"):
         rows = [(as_row if options.markdown else as_text)(name) for name in options.names or methods.names()]
-    print("\n".join([HEADER, *rows]) if options.markdown else "\n\n".join(rows))
+        print("\n".join([HEADER, *rows]) if options.markdown else "\n\n".join(rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if flags.output:
             flags.output.parent.mkdir(parents=True, exist_ok=True)
             flags.output.write_text(text)
-    print(text)
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,85 @@
+"""What a teacher and a student say of images as they are and of the views that they meet in training.
+
+    python -m benchmarks.on_views --teacher runs/teachers/resnet56 --student results/networks/cifar100_res56_res20
+
+The test set, and 5,000 training images as they are, in weak and in strong views: top-1 accuracy of both, how often they
+agree on the best class, and the mean squared difference of their centred logits beside the teacher's variance.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from rkd_jax import _files, data, evaluate, provenance
+from rkd_jax.data import augment
+
+CHUNK = 500
+COLUMNS = ("student", "teacher", "agreement", "squared_difference", "variance")
+
+
+def main():
+    """Prints a table and writes JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, help="a network folder")
+    parser.add_argument("--student", required=True, help="a network folder")
+    parser.add_argument("--data_dir", default="", help="as config.data_dir")
+    parser.add_argument("--num_train", type=int, default=5000, help="training images")
+    parser.add_argument("--output", type=Path, default=Path("results/on_views.json"))
+    flags = parser.parse_args()
+    splits = data.load("cifar100", flags.data_dir)
+    chosen = np.random.default_rng(0).choice(len(splits.train.labels), flags.num_train, replace=False)
+    train, labels = splits.train.images[chosen], splits.train.labels[chosen]
+    student, teacher = (
+        evaluate.restore(path, train.shape[1:], splits, field=f"--{name}")
+        for name, path in (("student", flags.student), ("teacher", flags.teacher))
+    )
+    found = {
+        "test": compare(student, teacher, *splits.test),
+        "training": compare(student, teacher, train, labels),
+        "training, weak views": compare(student, teacher, views("weak", train), labels),
+        "training, strong views": compare(student, teacher, views("strong", train), labels),
+    }
+    flags.output.parent.mkdir(parents=True, exist_ok=True)
+    _files.write_json(flags.output, {"rows": found, "provenance": provenance.record()})
+    print(table(found))
+
+
+def views(name, images):
+    """A view of each image."""
+    make = jax.jit(lambda key, images: augment.view(name, key, images, padding=4, flip=True, rotation=0.0))
+    return np.concatenate([make(jax.random.key(i), images[i : i + CHUNK]) for i in range(0, len(images), CHUNK)])
+
+
+def compare(student, teacher, images, labels):
+    """The numbers of one row; accuracies in percent."""
+
+    @jax.jit
+    def centred(images):
+        logits = student(images).logits, teacher(images).logits
+        return [x - x.mean(-1, keepdims=True) for x in logits]
+
+    parts = [centred(images[i : i + CHUNK]) for i in range(0, len(images), CHUNK)]
+    s, t = (np.concatenate(x) for x in zip(*parts, strict=True))
+    best = s.argmax(1), t.argmax(1)
+    numbers = (
+        100 * (best[0] == labels).mean(),
+        100 * (best[1] == labels).mean(),
+        100 * (best[0] == best[1]).mean(),
+        np.square(s - t).mean(),
+        np.square(t).mean(),
+    )
+    return {name: round(float(x), 2) for name, x in zip(COLUMNS, numbers, strict=True)}
+
+
+def table(found):
+    """The rows as a Markdown table."""
+    heads = ("images", "student, top-1 %", "teacher, top-1 %", "agree, %", "squared difference", "teacher's variance")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines += [f"| {name} | " + " | ".join(f"{row[c]:.2f}" for c in COLUMNS) + " |" for name, row in found.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
