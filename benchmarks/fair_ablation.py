@@ -71,6 +71,7 @@ def main():
     parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--num_train", type=int, default=10_000)
+    parser.add_argument("--views", choices=("weak", "strong", "both"), default="both")
     flags = parser.parse_args()
     _memory.keep()
 
@@ -78,7 +79,7 @@ def main():
     shared.update(student=flags.student, teacher_checkpoint=flags.teacher_checkpoint, num_train=flags.num_train)
     # The paper's schedule in small: the rate falls after 1/2, 6/10 and 7/10 of the epochs.
     shared.update(num_epochs=flags.epochs, decay_epochs=tuple(flags.epochs * part for part in (0.5, 0.6, 0.7)))
-    shared.update(data_seed=0, eval_epochs=flags.epochs / 4, checkpoint_seconds=120.0, log_every=26)
+    shared.update(views=flags.views, data_seed=0, eval_epochs=flags.epochs / 4, checkpoint_seconds=120.0, log_every=26)
     members, folders = [], {}
     for name in flags.losses:
         for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
@@ -95,6 +96,7 @@ def main():
         rows[name] = {"last": last, "best": best, "config": own[0]["config"]}
     record = {
         "scale": "short",
+        "views": flags.views,
         "rows": rows,
         "trained_at": summaries[0]["commit"],
         "seconds": summaries[0]["seconds"],

@@ -7,7 +7,7 @@ interrupted. Several students may share a program: one batch, one set of views a
 """
 
 import functools
-import math
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,15 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rkd_jax import _devices, losses, methods, models, optim
 from rkd_jax.data import augment
 from rkd_jax.methods import Context, Distiller
 
-PACKED = 1 << 16  # elements: float32 arrays of at most so many are packed
 ORDER, STEP, INIT = 0, 1, 2  # the streams that the run's key is folded into
 LOGGED = ("loss", "count", "step", "epoch", "kind", "learning_rate", "images_per_second")  # by the log itself
+PACKED = 1 << 16  # elements at most of the float32 arrays that several steps of a call carry in one vector
 FOR_ONCE = {"cpu": {"xla_backend_optimization_level": 2}}  # XLA's options, by platform, of what `run_once` compiles
 
 
@@ -244,16 +245,16 @@ def make_train_step(
             states, metrics = train_step(states, inputs, jax.tree.map(lambda x: x[0], source) if streamed else source)
             return tuple(map(_checked, states)), metrics
 
-        packings = [_Packing(state) for state in states]
+        ways = [_packing(state) for state in states]
 
         def body(packed, batch):
-            states = tuple(packing.unpack(state) for packing, state in zip(packings, packed, strict=True))
+            states = tuple(unpack(state) for (_, unpack), state in zip(ways, packed, strict=True))
             states, metrics = train_step(states, inputs, batch if streamed else source)
-            return tuple(packing.pack(state) for packing, state in zip(packings, states, strict=True)), metrics
+            return tuple(pack(state) for (pack, _), state in zip(ways, states, strict=True)), metrics
 
-        packed = tuple(packing.pack(state) for packing, state in zip(packings, states, strict=True))
+        packed = tuple(pack(state) for (pack, _), state in zip(ways, states, strict=True))
         packed, metrics = jax.lax.scan(body, packed, source if streamed else None, count)
-        states = tuple(packing.unpack(state) for packing, state in zip(packings, packed, strict=True))
+        states = tuple(unpack(state) for (_, unpack), state in zip(ways, packed, strict=True))
         return tuple(map(_checked, states)), jax.tree.map(lambda x: x.sum(0), metrics)
 
     return jax.jit(
@@ -261,39 +262,34 @@ def make_train_step(
     )
 
 
-class _Packing:
-    """A state with its small arrays in one vector per field: a GPU then updates each field by one kernel."""
+def _packing(state: TrainState) -> tuple[Callable[[TrainState], TrainState], Callable[[TrainState], TrainState]]:
+    """pack and unpack, for states like this: with the small arrays of each field in one vector, and as they were.
 
-    def __init__(self, state: TrainState):
-        self._fields = {}
-        for field in ("params", "batch_stats", "opt_state"):
-            leaves, treedef = jax.tree.flatten(getattr(state, field))
-            small = [i for i, x in enumerate(leaves) if x.dtype == jnp.float32 and x.size <= PACKED]
-            self._fields[field] = treedef, small, [leaves[i].shape for i in small]
+    A GPU then updates the arrays of a field by one kernel, and not each by its own.
+    """
 
-    def pack(self, state: TrainState) -> TrainState:
-        """The state, each of its fields a pair of the vector and the other leaves."""
-        packed = {}
-        for field, (_, small, _) in self._fields.items():
-            leaves = jax.tree.leaves(getattr(state, field))
-            vector = jnp.concatenate([leaves[i].ravel() for i in small]) if small else None
-            packed[field] = vector, [x for i, x in enumerate(leaves) if i not in small]
-        return state._replace(**packed)
+    def one(tree: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+        leaves, treedef = jax.tree.flatten(tree)
+        small = [x.dtype == jnp.float32 and x.size <= PACKED for x in leaves]
+        _, unravel = ravel_pytree(list(itertools.compress(leaves, small)))
 
-    def unpack(self, state: TrainState) -> TrainState:
-        """The state that was packed."""
-        fields = {}
-        for field, (treedef, small, shapes) in self._fields.items():
-            vector, others = getattr(state, field)
-            others, start, leaves = iter(others), 0, {}
-            for i, shape in zip(small, shapes, strict=True):
-                size = math.prod(shape)
-                leaves[i] = vector[start : start + size].reshape(shape)
-                start += size
-            fields[field] = treedef.unflatten(
-                [leaves[i] if i in leaves else next(others) for i in range(treedef.num_leaves)]
-            )
-        return state._replace(**fields)
+        def pack(tree: Any) -> Any:
+            leaves = jax.tree.leaves(tree)
+            vector, _ = ravel_pytree(list(itertools.compress(leaves, small)))
+            return vector, [x for x, packed in zip(leaves, small, strict=True) if not packed]
+
+        def unpack(packed: Any) -> Any:
+            inside, outside = iter(unravel(packed[0])), iter(packed[1])
+            return treedef.unflatten([next(inside if packed else outside) for packed in small])
+
+        return pack, unpack
+
+    fields = {name: one(getattr(state, name)) for name in ("params", "batch_stats", "opt_state")}
+
+    def convert(way: int, state: TrainState) -> TrainState:
+        return state._replace(**{name: ways[way](getattr(state, name)) for name, ways in fields.items()})
+
+    return functools.partial(convert, 0), functools.partial(convert, 1)
 
 
 def _checked(state: TrainState) -> TrainState:

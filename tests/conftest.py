@@ -41,6 +41,7 @@ def known(**options):
 SAME_BITS = {"xla_backend_optimization_level": 0}
 FAST_COMPILE = SAME_BITS | known(xla_cpu_use_fusion_emitters=False)
 FAST_FLAGS = " ".join(f"--{name}={value}" for name, value in FAST_COMPILE.items())  # the same, as XLA_FLAGS
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)  # of a test that other cases run too: `pytest -m slow`
 REAL = ROOT.parent / "shared" / "data"  # real data, where this machine has it
 
 

@@ -343,7 +343,7 @@ def test_absent_data_is_said_before_the_first_benchmark(tmp_path, monkeypatch, o
 def test_nothing_done_yet(tmp_path, capsys):
     campaign.main(["--out", str(tmp_path), "--minutes", "0"])
     text = capsys.readouterr().out
-    assert "0 of 16 items are done\nnext: soft_rank, about 0:03:20\n" in text
+    assert "0 of 17 items are done\nnext: soft_rank, about 0:03:20\n" in text
     assert "then: headline, time unknown" in text
 
 
@@ -358,7 +358,8 @@ def test_chosen_items_alone_in_their_order(tmp_path, capsys):
 
 def test_longer_item_does_what_the_shorter_one_has_not(tmp_path):
     made = campaign.Campaign(tmp_path, "full", 1, "", None, 1 << 26)
-    short, *longer = (item for item in campaign.items("full") if item.name.startswith("resnet56-"))
+    weak, short, *longer = (item for item in campaign.items("full") if item.name.startswith("resnet56-"))
+    assert [each.config.views for each in made.plan(weak)][1:] == ["weak"]  # the first is its teacher's
     for cell in short.members:
         run.write(
             cell,

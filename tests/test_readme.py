@@ -91,6 +91,11 @@ def test_gpu_speeds_of_the_docs_are_those_of_results():
 def test_measured_row_of_the_readme_is_that_of_results():
     cell = ROOT / "results" / "tables" / "full" / "cifar100_res56_res20" / "ranking_alignment-seed0.json"
     found = json.loads(cell.read_text())
+    rate = next(row for row in json.loads((ROOT / "results" / "gpu_flags.json").read_text())["rows"] if row["flags"])
+    assert f"| {64e3 / rate['milliseconds'][1]:,.0f} (" in README
+    rows = json.loads((ROOT / "results" / "soft_rank_gpu.json").read_text())["rows"]
+    (row,) = (r for r in rows if (r["classes"], r["eps"], r["pass"]) == (200, 0.1, "forward+backward"))
+    assert f"| {row['ratio']['while_loop']:.1f} times ([results](results/soft_rank_gpu.json))" in README
     assert f"| {found['best']['top1']:.2f} %, best epoch; {found['last']['top1']:.2f} %, last " in README
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SLOW
 from jax import export
 
 from rkd_jax import experiment, losses, steps
@@ -173,7 +174,7 @@ def test_student_updates_its_batch_statistics_per_view(tiny):
 
 
 @pytest.mark.usefixtures("fast_compile")
-@pytest.mark.parametrize("method", ["ranking_alignment", "crld", "crd"])  # crd has parameters and a state
+@pytest.mark.parametrize("method", ["ranking_alignment", SLOW("crld"), "crd"])  # crd has parameters and a state
 def test_views_in_one_batch_are_views_in_turn(tiny, method):
     config = tiny(views="both", method=method)
     run, found = experiment.build(config), []

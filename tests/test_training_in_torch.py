@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SLOW
 from sklearn.isotonic import isotonic_regression
 from test_configs import load
 from test_steps import RNG, prepare
@@ -66,7 +66,7 @@ def train_in_torch(student, teacher, loss, images, labels, orders, rate, nestero
 @pytest.mark.parametrize(
     ("loss", "fields"),
     [
-        (kd, {"method": "kd", "learning_rate": 0.01, "nesterov": True}),
+        SLOW(kd, {"method": "kd", "learning_rate": 0.01, "nesterov": True}),
         (
             lambda *x: ranking(*x, eps=0.1),
             {"method": "ranking_alignment", "learning_rate": 5e-4, "lam": 5.0, "eps": 0.1},

@@ -76,6 +76,7 @@ def items(scale: str) -> list[Item]:
         *benchmarks[3:],
         students("eps", *((PAIR, f"{ranking}-eps={eps}-rank_scale=logits") for eps in (0.1, 0.05))),
         # With a given teacher, or not at all. Of the longer two, what the one before has done is not done again.
+        students("resnet56-resnet20-weak", ("cifar100_res56_res20", f"{ranking}-views=weak")),
         *(
             students(f"resnet56-resnet20{name}", *(("cifar100_res56_res20", method) for method in (ranking, *more)))
             for name, more in (("", ()), ("-kd", ("kd",)), ("-fair", ("kd", "cross_entropy")))

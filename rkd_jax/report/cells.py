@@ -59,7 +59,8 @@ SCALES = {
 class Cell(NamedTuple):
     """One number of ours.
 
-    Its name is "teacher", or a method and what is set of its hyper-parameters: "ranking_alignment-lam=0.1".
+    Its name is "teacher", or a method and what is set of its hyper-parameters, "ranking_alignment-lam=0.1", or of the
+    config's other fields that are text, "ranking_alignment-views=weak".
     """
 
     pair: str  # the name of its config
@@ -123,7 +124,7 @@ def configure(cell: Cell, scale: str) -> ConfigDict:
         config.method = cell.method
         config.update((size.toy or {}).get(cell.method, {}))
         for name, value in (part.split("=") for part in cell.name.split("-")[1:]):
-            config[name] = methods.fields()[name](value)
+            config[name] = methods.fields().get(name, str)(value)
     config.seed = cell.seed
     _shorten(config, size.epochs)
     config.update(size.overrides)
