@@ -90,7 +90,7 @@ def _normalize_backward(kept: Any, cotangents: Any) -> tuple[jax.Array, jax.Arra
     (x, scale, around, mean, rate), (dy, dmean, dvar) = kept, cotangents
     axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
     centred, dy = promote(x) - around, promote(dy)
-    dbias = jax.lax.optimization_barrier(dy.sum(axes))
+    dbias = jax.lax.optimization_barrier(dy.sum(axes))  # else XLA sums dy a second time, over batches side by side too
     dscale = rate * ((dy * centred).sum(axes) - mean * dbias)
     slope = (2 * dvar - scale * jnp.square(rate) * dscale) / count
     constant = (dmean - scale * rate * dbias) / count
