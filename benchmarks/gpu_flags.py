@@ -67,7 +67,11 @@ def main():
         processes = [
             subprocess.Popen(
                 [*command, "--one", str(i)],
-                env=os.environ | {"XLA_FLAGS": FLAGS[variant.flags], "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+                env=os.environ
+                | {
+                    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS[variant.flags]}",
+                    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+                },
             )
             for i, variant in enumerate(VARIANTS)
         ]
@@ -96,12 +100,16 @@ def one(index, meet, seconds):
         compiled = time.monotonic() - start
         (meet / f"{index}.ready").touch()
         # Not beyond all measure: one that fails to compile is not waited for.
-        wait_for([meet / f"{i}.ready" for i in range(len(VARIANTS))], start + seconds)
-        wait_for([meet / f"{i}.done" for i in range(index)], start + seconds + 8 * index)
+        alone = wait_for([meet / f"{i}.ready" for i in range(len(VARIANTS))], start + seconds)
+        alone &= wait_for([meet / f"{i}.done" for i in range(index)], start + seconds + 8 * index)
         run(2)
         times = sorted(run(CALLS) for _ in range(3))
         row = variant._asdict() | {"milliseconds": [round(1e3 * x, 3) for x in times]}
-        row |= {"setup_seconds": round(setup - start), "compile_seconds": round(compiled - (setup - start))}
+        row |= {
+            "alone": alone,
+            "setup_seconds": round(setup - start),
+            "compile_seconds": round(compiled - (setup - start)),
+        }
         (meet / f"{index}.json").write_text(json.dumps(row))
     finally:
         for name in ("ready", "done"):
@@ -109,9 +117,10 @@ def one(index, meet, seconds):
 
 
 def wait_for(paths, until):
-    """Until all of the files are there, or it is time."""
-    while time.monotonic() < until and not all(path.exists() for path in paths):
+    """Until all of the files are there, or it is time; returns whether they are."""
+    while not (there := all(path.exists() for path in paths)) and time.monotonic() < until:
         time.sleep(0.02)
+    return there
 
 
 def stepper(variant):

@@ -5,6 +5,8 @@ import contextlib
 import difflib
 import os
 import re
+import select
+import signal
 import sys
 import sysconfig
 import traceback
@@ -94,8 +96,16 @@ def one_sentence(arguments: argparse.Namespace, **names: str) -> Iterator[None]:
     words = {name: f"--{name}" for name in vars(arguments)} | names
     try:
         yield
-    except BrokenPipeError:  # of `| head`, which has seen enough; what is still to be written goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, ImportError, MemoryError) as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader():  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+            sys.exit(128 + signal.SIGPIPE)
         said = re.sub(r"config\.(\w+)", lambda field: words.get(field[1], field[0]), str(error))
         sys.exit(f"Error: {said}" + (f"\n(in {place})" if (place := own_code(error)) else ""))
+
+
+def _has_no_reader() -> bool:
+    """Whether standard output is a pipe whose other end is closed."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

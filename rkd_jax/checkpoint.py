@@ -83,8 +83,8 @@ def read_metadata(path: str | os.PathLike, field: str = "path") -> dict[str, Any
             raise FileNotFoundError(f"{field}={given!r} is a run's folder; name the network in it, {best!r}")
         if given and (path / "config.json").is_file():
             raise FileNotFoundError(
-                f"{field}={given!r} is the folder of a run that has no network yet: it has not come to its first "
-                "evaluation, or diverged before"
+                f"{field}={given!r} is the folder of a run that has no network yet: it has not come to a checkpoint "
+                "after its first evaluation, or diverged before"
             )
         beside = "; config.compare=True trains one, too" if field == "config.teacher_checkpoint" else ""
         what = " is not set" if not given else f"={given!r} holds no network (no metadata.json)"

@@ -139,7 +139,7 @@ def _run(config: ConfigDict, workdir: Path, changes: Mapping[str, Any] | None) -
     if not paths:
         raise FileNotFoundError(
             f"--workdir={workdir} holds no network: neither metadata.json, nor best/ and last/ of a run that was "
-            "evaluated at least once"
+            "evaluated at least once, and has saved since"
         )
     results = []
     for path in paths:

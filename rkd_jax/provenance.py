@@ -37,19 +37,19 @@ def record() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """$RKD_JAX_COMMIT, or else the commit of this source tree, with "+" where it was changed since; or None.
+    """The commit of this source tree; where git has none, or has it changed since, $RKD_JAX_COMMIT, or "+" after it.
 
-    A tree that was copied over an older history, as to a machine that is lent, is not what git there takes it for.
+    A tree that was copied over another's history is not what git there takes it for.
     """
-    if named := os.environ.get("RKD_JAX_COMMIT"):
-        return named
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+    named = os.environ.get("RKD_JAX_COMMIT")
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)  # fails where git does not track this file
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        head = git("rev-parse", "HEAD")
+        return head if not git("status", "--porcelain", "--untracked-files=no") else named or f"{head}+"
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return named

@@ -10,6 +10,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -347,16 +348,20 @@ def test_nothing_done_yet(tmp_path, capsys):
     assert "then: headline, time unknown" in text
 
 
-def test_chosen_items_alone_in_their_order(tmp_path, capsys):
-    names = ["resnet56-resnet20", "soft_rank"]
+def test_chosen_items_alone_in_the_lists_order(tmp_path, capsys):
+    names = ["resnet56-resnet20", "soft_rank", "soft_rank"]
     campaign.main(["--out", str(tmp_path), "--minutes", "0", "--items", *names])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(",")[0] for line in lines[1:]] == ["next: resnet56-resnet20", "then: soft_rank"]
+    assert [line.split(",")[0] for line in lines[1:]] == ["next: soft_rank", "then: resnet56-resnet20"]
+    notes = {"scale": "full", "items": {"soft_rank": {"state": "done"}}}
+    (tmp_path / "campaign.json").write_text(json.dumps(notes))
+    campaign.main(["--out", str(tmp_path), "--minutes", "0", "--items", "soft_rank"])
+    assert capsys.readouterr().out == "1 of 17 items are done\nnothing is left of the chosen items\n"
     with pytest.raises(SystemExit, match=r"Error: --items: 'kd' is not in the list; it has soft_rank, "):
         campaign.main(["--out", str(tmp_path), "--minutes", "0", "--items", "kd"])
 
 
-def test_longer_item_does_what_the_shorter_one_has_not(tmp_path):
+def test_longer_item_does_what_the_shorter_one_has_not(tmp_path, monkeypatch):
     made = campaign.Campaign(tmp_path, "full", 1, "", None, 1 << 26)
     weak, short, *longer = (item for item in campaign.items("full") if item.name.startswith("resnet56-"))
     assert [each.config.views for each in made.plan(weak)][1:] == ["weak"]  # the first is its teacher's
@@ -370,6 +375,8 @@ def test_longer_item_does_what_the_shorter_one_has_not(tmp_path):
         )
     left = [[each.cells[0].name for each in run.missing(made.plan(item), made.results, "full")] for item in longer]
     assert left == [["teacher", "kd"], ["teacher", "kd", "cross_entropy"]]
+    assert {each.config.steps_per_call for each in made.plan(longer[1])} == {None}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert {each.config.steps_per_call for each in made.plan(longer[1])} == {781}
 
 

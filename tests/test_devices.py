@@ -1,6 +1,7 @@
 """What the user reads where the device is not there, or too small."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -107,11 +108,12 @@ def test_no_device(command, teacher, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_reader_that_has_seen_enough_is_no_error():
+@pytest.mark.parametrize("command", ["rkd_jax.methods kd dkd", "rkd_jax.report.run --table 4 --dry_run"])
+def test_reader_that_has_seen_enough_is_no_error(command):
     """As `| head` does: the pipe is closed before the command writes."""
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as closed:
-        command = [sys.executable, "-m", "rkd_jax.methods", "kd", "dkd"]
+        command = [sys.executable, "-m", *command.split()]
         done = subprocess.run(command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")

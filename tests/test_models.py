@@ -54,7 +54,7 @@ PUBLISHED = {  # parameters at 100 classes, MMACs at 32x32, embedding, features
 # Every kind of block of every family; the other networks repeat them, under the same keys (tests/test_convert.py).
 INFERENCE = ("resnet8x4", "ResNet50", "wrn_16_2", "vgg13", "MobileNetV2", "MobileNetV2_64x64", "ShuffleV1", "ShuffleV2")
 TRAINING = ("resnet8", "wrn_16_1", "vgg8", "MobileNetV2", SLOW("MobileNetV2_64x64"), "ShuffleV1", "ShuffleV2")
-MECHANISM = ("resnet8", "wrn_16_1", "vgg8", *map(SLOW, ("MobileNetV2", "MobileNetV2_64x64", "ShuffleV2")), "ShuffleV1")
+MECHANISM = (*TRAINING[:-1], SLOW("ShuffleV2"))
 
 
 def short(name):

@@ -81,7 +81,6 @@ def test_speeds_of_the_docs_are_those_of_results():
 
 
 def test_gpu_speeds_of_the_docs_are_those_of_results():
-    pytest.importorskip("torch")
     from benchmarks import gpu_flags
 
     found = json.loads((ROOT / "results" / "gpu_flags.json").read_text())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import unittest.mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
@@ -268,6 +270,37 @@ def test_loss_that_is_not_finite_stops_and_names_the_step(tiny, tmp_path):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restored.params))
 
 
+def test_tested_networks_are_written_with_the_next_checkpoint(tiny, tmp_path, monkeypatch):
+    """Each as it was when it was tested."""
+    run, there, accuracies = tmp_path / "run", [], iter((50.0, 40.0, 30.0))
+    save = train.Student.save
+
+    def look(student, *args):
+        there.append((student.workdir / "best").exists())
+        save(student, *args)
+
+    monkeypatch.setattr(train.Student, "save", look)
+    monkeypatch.setattr(steps, "evaluate", lambda *_: {"top1": next(accuracies), "top5": 90.0, "loss": 1.0})
+    train.train_and_evaluate(tiny(num_steps=16), run)
+    assert there == [False]
+    found = {name: checkpoint.read_metadata(run / name)["step"] for name in ("best", "last")}
+    assert found == {"best": 8, "last": 16}
+    train.train_and_evaluate(tiny(num_steps=8), tmp_path / "half")
+    assert_same(network(run, "best"), network(tmp_path / "half"))
+
+
+def diverging(learning_rate):
+    """An optimizer that is one until the first test."""
+    return optax.sgd(lambda step: jnp.where(step < 8, learning_rate(step), jnp.inf))
+
+
+def test_network_tested_before_it_diverged_is_kept(tiny, tmp_path):
+    with pytest.raises(train.Diverged, match="step 8 is not finite"):
+        train.train_and_evaluate(tiny(optimizer="test_train:diverging", weight_decay=0.0), tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+    assert {checkpoint.read_metadata(tmp_path / "run" / name)["step"] for name in ("best", "last")} == {8}
+
+
 @pytest.mark.parametrize(("step", "mend"), [(0, "loss, or look at its formula, for nothing had"), (1, "loss$")])
 def test_what_to_do_where_a_step_is_not_finite(tmp_path, step, mend):
     student = types.SimpleNamespace(bad_step=step, workdir=tmp_path)
@@ -318,16 +351,18 @@ def test_commit_of_another_project_is_none_of_ours(tmp_path, monkeypatch):
     package = tmp_path / "site-packages" / "rkd_jax"
     package.mkdir(parents=True)
     monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
-    monkeypatch.delenv("RKD_JAX_COMMIT", raising=False)
+    monkeypatch.setenv("RKD_JAX_COMMIT", "named")
     git("init")
     git("commit", "--allow-empty", "-m", "another project")
-    assert provenance._commit() is None
+    assert provenance._commit() == "named"
     (package / "provenance.py").write_text("")
     git("add", ".")
     git("commit", "-m", "this one")
     assert len(provenance._commit()) == 40
-    monkeypatch.setenv("RKD_JAX_COMMIT", "named")  # the tree may have been copied over an older history
-    assert provenance._commit() == "named"
+    (package / "provenance.py").write_text("changed")
+    assert provenance._commit() == "named"  # the tree may have been copied over another's history
+    monkeypatch.delenv("RKD_JAX_COMMIT")
+    assert re.fullmatch("[0-9a-f]{40}[+]", provenance._commit())
 
 
 def test_command_of_a_prompt_is_python(monkeypatch):

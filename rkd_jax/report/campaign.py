@@ -38,7 +38,7 @@ class Scale(NamedTuple):
     cells: str  # the scale of its cells
     margin: float  # seconds kept at a slice's end for the last save and for packing
     least: float  # seconds without which no training is begun or taken up: it would compile and stop
-    steps: int | None = None  # of a call, and from one log to the next; None: as the configs have it
+    steps: int | None = None  # of a call, and from one log to the next, but on a CPU; None: as the configs have it
 
 
 SCALES = {
@@ -119,7 +119,7 @@ class Campaign:
         listed = {item.name: item for item in items(scale)}
         if unknown := [name for name in chosen if name not in listed]:
             raise ValueError(f"--items: {unknown[0]!r} is not in the list; it has {', '.join(listed)}")
-        self._items = [listed[name] for name in chosen] or list(listed.values())
+        self._items = [item for item in listed.values() if item.name in (chosen or listed)]
         self.results, self.work = out / "results" / "tables", out / "work"
         self._start = time.monotonic()
         self._end = self._start + 60 * minutes - SCALES[scale].margin
@@ -169,7 +169,7 @@ class Campaign:
         planned = run.plan(item.members, self._cells_scale, self.work / item.name, self.out / "teachers")
         for each in planned:
             each.config.update(dtype=self.dtype(), data_dir=self._data_dir)
-            if steps := SCALES[self.scale].steps:
+            if (steps := SCALES[self.scale].steps) and jax.default_backend() != "cpu":
                 each.config.update(log_every=steps, steps_per_call=steps, eval_batch_size=2500)
         return planned
 
@@ -356,7 +356,8 @@ class Campaign:
         waiting = [item for item in self.open_items() if notes.get(item.name, {}).get("state") != "skipped"]
         for i, item in enumerate(waiting):
             lines.append(f"{'then' if i else 'next'}: {item.name}, {self.estimate(item)}")
-        return "\n".join(lines if waiting else [*lines, "nothing is left"])
+        chosen = "" if len(self._items) == len(listed) else " of the chosen items"
+        return "\n".join(lines if waiting else [*lines, f"nothing is left{chosen}"])
 
     def estimate(self, item: Item) -> str:
         """How long an item will take, by the images per second measured in it."""
@@ -441,7 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="smoke: a rehearsal of minutes on a CPU")
     parser.add_argument("--data_dir", default="", help="as config.data_dir; smoke without it: random images")
     parser.add_argument("--teachers", type=Path, help="it holds teachers that need not be trained: NAME or NAME/best")
-    parser.add_argument("--items", nargs="+", default=(), metavar="ITEM", help="of the list these alone, in this order")
+    parser.add_argument("--items", nargs="+", default=(), metavar="ITEM", help="of the list these alone")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--state_mib", type=int, default=64, help="warn where DIR/state takes more")
     flags = parser.parse_args(arguments)
