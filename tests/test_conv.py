@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SLOW
 
 from rkd_jax.models import _conv
 
@@ -79,7 +80,7 @@ def test_convolution_and_gradients_are_xlas_in_float64(kind):
         np.testing.assert_allclose(found, exact, rtol=0, atol=2e-6 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float64])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, SLOW(jnp.float64)])
 @pytest.mark.parametrize("kind", ["16", "strided", "1x1", "depthwise"])
 def test_other_dtypes_are_xlas(kind, dtype):
     with jax.enable_x64(True):

@@ -329,6 +329,7 @@ CASES = [(name, {}, "teacher") for name in sorted(FEATURES)] + [
         "larger teacher", "smaller teacher", "longer teacher", "teacher", "longer teacher"))),
     ("fcfd", {"alpha": 2.0, "beta": 3.0, "feature_weight": 10.0, "mixture_weight": 0.2, "extra_paths": 4}, "teacher"),
 ]  # fmt: skip
+LONG = [("fcfd", {}, "teacher"), ("reviewkd", {}, "teacher")]
 
 
 def in_torch(tree):
@@ -343,7 +344,9 @@ def in_torch(tree):
 
 @needs_torch
 @pytest.mark.parametrize(
-    ("name", "fields", "kind"), CASES, ids=["-".join(map(str, (n, k, *f.values()))) for n, f, k in CASES]
+    ("name", "fields", "kind"),
+    [SLOW(*case) if case in LONG else case for case in CASES],
+    ids=["-".join(map(str, (n, k, *f.values()))) for n, f, k in CASES],
 )
 def test_values_and_gradients_are_pytorchs(name, fields, kind):
     method, s, t = methods.create(name, **fields), S, outputs(1, MAPS[kind])
@@ -515,6 +518,7 @@ def test_resumed_run_is_an_uninterrupted_one(name, two_stages, tmp_path, stopped
 # FCFD's paths.
 
 
+@pytest.mark.slow
 def test_fcfds_paths_are_drawn_anew_and_as_many_as_asked_for():
     method, (s, t) = methods.create("fcfd", extra_paths=2, teacher_in_training=False), jax.tree.map(np.float32, (S, T))
     params, _ = method.init(jax.random.key(0), shapes(s), shapes(t), EXAMPLES)
@@ -730,7 +734,7 @@ def terms_of(method, student, teacher, side):
 
 
 # Their networks' maps are as others' of the same families.
-LIKE_OTHERS = ("cifar100_res110_res32", "cifar100_wrn40_2_wrn40_1", "cifar100_res32x4_sv1")
+LIKE_OTHERS = ("cifar100_res110_res32", "cifar100_wrn40_2_wrn40_1", "cifar100_res32x4_sv1", "cifar100_vgg13_mv2")
 
 
 @pytest.mark.parametrize("pair", [SLOW(pair) if pair in LIKE_OTHERS else pair for pair in paper.PAIRS])

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import FAST_FLAGS, ROOT
+from conftest import FAST_FLAGS, ROOT, SLOW
 
 from rkd_jax import processes, runs, train
 
@@ -85,6 +85,7 @@ def test_two_processes_give_the_losses_of_one(slow, tmp_path):
     np.testing.assert_array_equal(losses(tmp_path / "streamed"), losses(tmp_path / "processes"))
 
 
+@pytest.mark.slow
 def test_chain_in_two_processes_is_taught_by_what_the_first_wrote(slow, tmp_path):
     config = slow(method="takd", assistant="small_network:two_stages", num_steps=2)
     finish(*start_two(config, tmp_path, SLOW_DISK))
@@ -104,10 +105,10 @@ def test_the_first_of_two_processes_evaluates(slow, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "error"),
     [
-        ({"teacher_checkpoint": ""}, "config.teacher_checkpoint is not set"),
+        SLOW({"teacher_checkpoint": ""}, "config.teacher_checkpoint is not set"),
         ({"seed": 1}, "config.seed is 1 here and 0 in process 0; give all processes the same"),
         ({"sweep": "seed=0,1"}, "the number of runs is 2 here and 1 in process 0; give all processes the"),
-        ({"student": "raising_network:create"}, "KeyError: 'no such layer'"),
+        SLOW({"student": "raising_network:create"}, "KeyError: 'no such layer'"),
     ],
 )
 def test_processes_that_would_train_apart_are_told(slow, tmp_path, monkeypatch, fields, error):
@@ -124,6 +125,7 @@ def test_processes_that_would_train_apart_are_told(slow, tmp_path, monkeypatch, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_processes_stop_between_two_logs(slow, tmp_path):
     config = slow(num_steps=2000, log_every=100, eval_epochs=1000.0)
     started = start_two(config, tmp_path, "from rkd_jax import train\ntrain.ASK_EVERY = 3")

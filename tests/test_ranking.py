@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import FAST_FLAGS
+from conftest import FAST_FLAGS, SLOW
 from jax.test_util import check_grads
 from sklearn.isotonic import isotonic_regression
 
@@ -133,7 +133,7 @@ def test_number_of_blocks(ranking, n, eps):
 
 
 @both_forms
-@pytest.mark.parametrize("operator", ["soft_rank", "soft_sort"])
+@pytest.mark.parametrize("operator", ["soft_rank", SLOW("soft_sort")])
 def test_gradients_are_finite_differences(ranking, operator):
     x = np.random.default_rng(3).normal(size=(3, 7))
     first = jax.jit(lambda x, eps: getattr(ranking, operator)(x, "ASCENDING", eps))

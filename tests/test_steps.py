@@ -77,7 +77,7 @@ def test_step_compiles_once_and_counts(tiny):
 
 
 @pytest.mark.usefixtures("fast_compile")
-@pytest.mark.parametrize("one_batch", [False, True])
+@pytest.mark.parametrize("one_batch", [SLOW(False), True])
 def test_a_method_resumes_the_networks_of_this_step(two_stages, monkeypatch, one_batch):
     """From its own map the student makes the same logits, by the same batch statistics, which it leaves alone; the
     teacher's running averages are not those of the batch; a gradient reaches what lies behind the map."""
@@ -247,7 +247,7 @@ class Returns(base.Distiller):
         return self.make(losses.cross_entropy(student.logits, batch["label"]))
 
 
-@pytest.mark.parametrize("one_batch", [False, True])
+@pytest.mark.parametrize("one_batch", [SLOW(False), True])
 def test_what_a_loss_cannot_return_is_named(tiny, one_batch):
     run, state, inputs, _ = prepare(tiny(views="both"))
     order, mesh = steps.epoch_order(RNG, 0, 64), steps.data_mesh(8)

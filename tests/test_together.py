@@ -7,6 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from conftest import SLOW
 from test_train import assert_same, network, records
 
 from rkd_jax import feed, runs, steps, train
@@ -104,7 +105,7 @@ SWEEPS = {
 
 
 @same_bits
-@pytest.mark.parametrize("name", SWEEPS)
+@pytest.mark.parametrize("name", [SLOW("lambdas"), "methods", "seeds and rates"])
 def test_students_of_one_program_end_as_runs_of_their_own(tiny, tmp_path, name):
     configs = SWEEPS[name](tiny)
     together = train.train_together([(config, tmp_path / f"together{i}") for i, config in enumerate(configs)])
