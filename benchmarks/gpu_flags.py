@@ -95,21 +95,17 @@ def one(index, meet, seconds):
 
         if jax.default_backend() != "gpu":
             sys.exit("benchmarks.gpu_flags: no GPU")
-        run, setup = stepper(variant)
-        run(1)
-        compiled = time.monotonic() - start
+        run = stepper(variant)
+        setup = time.monotonic()
+        run(CALL)
+        compiled = time.monotonic()
         (meet / f"{index}.ready").touch()
         # Not beyond all measure: one that fails to compile is not waited for.
         alone = wait_for([meet / f"{i}.ready" for i in range(len(VARIANTS))], start + seconds)
         alone &= wait_for([meet / f"{i}.done" for i in range(index)], start + seconds + 8 * index)
-        run(2)
-        times = sorted(run(CALLS) for _ in range(3))
-        row = variant._asdict() | {"milliseconds": [round(1e3 * x, 3) for x in times]}
-        row |= {
-            "alone": alone,
-            "setup_seconds": round(setup - start),
-            "compile_seconds": round(compiled - (setup - start)),
-        }
+        run(2 * CALL)
+        row = variant._asdict() | {"milliseconds": sorted(milliseconds(run, CALLS * CALL) for _ in range(3))}
+        row |= {"alone": alone, "setup_seconds": round(setup - start), "compile_seconds": round(compiled - setup)}
         (meet / f"{index}.json").write_text(json.dumps(row))
     finally:
         for name in ("ready", "done"):
@@ -124,40 +120,25 @@ def wait_for(paths, until):
 
 
 def stepper(variant):
-    """A call that makes so many calls of CALL steps, and returns the seconds of a step; and when it was ready."""
-    import jax
+    """A run of steps, as `benchmarks.train_step` has them, CALL a call."""
     import jax.numpy as jnp
 
     from benchmarks import train_step as pairs
-    from rkd_jax import experiment, methods, steps
+    from rkd_jax import methods, steps
 
     if not variant.packed:
         steps.PACKED = 0
     names = variant.methods.split("+")
+    learn_by = [methods.resolve(name, {}, "cifar100", *pairs.PAIRS[variant.pair][:2]) for name in names]
     ours = pairs.Ours(variant.pair, getattr(jnp, variant.dtype), names[0])
-    learners = [
-        experiment.create_learner(
-            ours.student, methods.resolve(name, {}, "cifar100", *pairs.PAIRS[variant.pair][:2]), ours.tx
-        )
-        for name in names
-    ]
-    images, labels = pairs.random_images(50_000, ours.side, ours.classes)
-    normalization = pairs.NORMALIZATION, pairs.NORMALIZATION
-    recipe = steps.Recipe(("weak", "strong"), {"padding": 4}, pairs.BATCH, 781, 10_000, *normalization)
-    inputs = steps.Inputs(ours.rng, (ours.rng,) * len(learners), images, labels, ours.variables)
-    inputs = steps.replicate(inputs, ours.mesh)
-    order = steps.replicate(steps.epoch_order(ours.rng, 0, len(labels)), ours.mesh)
-    step = steps.make_train_step(learners, ours.teacher, recipe, ours.mesh)
-    held = [tuple(jax.tree.map(jnp.copy, ours.state) for _ in learners)]
+    return ours.stepper(50_000, learn_by=learn_by, a_call=CALL)
 
-    def run(count):
-        start = time.perf_counter()
-        for _ in range(count):
-            held[0], _ = step(held[0], inputs, order, CALL)
-        jax.block_until_ready(held[0])
-        return (time.perf_counter() - start) / count / CALL
 
-    return run, time.monotonic()
+def milliseconds(run, count):
+    """Of a step, over so many."""
+    start = time.perf_counter()
+    run(count)
+    return round(1e3 * (time.perf_counter() - start) / count, 3)
 
 
 def peers():
@@ -170,13 +151,10 @@ def peers():
         (LARGE, "step", pairs.torch_step),
         (SMALL, "as used", pairs.torch_as_used),
     ):
-        run, count, times = make(pair), 20 if name == "as used" else 60, []
+        run, count = make(pair), 20 if name == "as used" else 60
         run(10)
-        for _ in range(5):
-            start = time.perf_counter()
-            run(count)
-            times.append(1e3 * (time.perf_counter() - start) / count)
-        found.append({"pair": pair, "name": name, "milliseconds": [round(sorted(times)[i], 3) for i in (0, 2, 4)]})
+        times = sorted(milliseconds(run, count) for _ in range(5))
+        found.append({"pair": pair, "name": name, "milliseconds": [times[0], times[2], times[4]]})
     return found
 
 
@@ -184,17 +162,16 @@ def table(found):
     """The rows as a Markdown table."""
     lines = ["| pair | students | arithmetic | XLA_FLAGS | ms a step | images/s |", "|---" * 6 + "|"]
     for row in found["rows"]:
-        milliseconds = row["milliseconds"][1]
+        median = row["milliseconds"][1]
         note = "" if row["packed"] else ", arrays not packed"
         lines.append(
             f"| {row['pair']} | {row['methods'].replace('+', ', ')} | {row['dtype']} | {row['flags'] or 'none'}{note} "
-            f"| {milliseconds:.2f} | {64e3 / milliseconds:,.0f} |"
+            f"| {median:.2f} | {64e3 / median:,.0f} |"
         )
     for row in found["peers"]:
-        milliseconds = row["milliseconds"][1]
+        median = row["milliseconds"][1]
         lines.append(
-            f"| {row['pair']} | PyTorch, eager, {row['name']} | TF32 | | {milliseconds:.1f} | "
-            f"{64e3 / milliseconds:,.0f} |"
+            f"| {row['pair']} | PyTorch, eager, {row['name']} | TF32 | | {median:.1f} | {64e3 / median:,.0f} |"
         )
     return "\n".join(lines)
 

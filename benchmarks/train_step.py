@@ -198,7 +198,9 @@ def extras(pair, flags):
     """A larger set on the device, the method beside kd, five lambdas in one program: ratios of step times."""
     ours = Ours(pair)
     sides = {
-        "five lambdas": ours.stepper(lams=(0.1, 0.5, 1.0, 5.0, 10.0)),
+        "five lambdas": ours.stepper(
+            learn_by=[dataclasses.replace(ours.method, lam=lam) for lam in (0.1, 0.5, 1.0, 5.0, 10.0)]
+        ),
         "10,000 images": ours.stepper(10_000),
         "50,000 images": ours.stepper(50_000),
         "kd": Ours(pair, method="kd").stepper(),
@@ -270,16 +272,13 @@ class Ours:
         state = steps.run_once(lambda rng: steps.create_state(rng, *made_of), self.rng)
         self.state = steps.replicate(state, self.mesh)
 
-    def stepper(self, num_images=10_000, views=("weak", "strong"), lams=(), a_call=None):
-        """A run of steps, of several students where several lambdas are given."""
+    def stepper(self, num_images=10_000, views=("weak", "strong"), learn_by=(), a_call=None):
+        """A run of steps, of a student for each method given that keeps no state."""
         images, labels = random_images(num_images, self.side, self.classes)
         recipe = steps.Recipe(views, {"padding": 4}, BATCH, num_images // BATCH, 10_000, NORMALIZATION, NORMALIZATION)
         inputs = steps.replicate(steps.Inputs(self.rng, (self.rng,), images, labels, self.variables), self.mesh)
         order = steps.replicate(steps.epoch_order(self.rng, 0, num_images), self.mesh)
-        learners = [
-            experiment.create_learner(self.student, method, self.tx)
-            for method in ([dataclasses.replace(self.method, lam=lam) for lam in lams] or [self.method])
-        ]
+        learners = [experiment.create_learner(self.student, method, self.tx) for method in learn_by or [self.method]]
         inputs = inputs._replace(rngs=(self.rng,) * len(learners))
         train_step = steps.make_train_step(learners, self.teacher, recipe, self.mesh)
         held = [tuple(jax.tree.map(jnp.copy, self.state) for _ in learners)]  # they are donated

@@ -76,9 +76,7 @@ def get_config() -> ConfigDict:
     config.log_every = 50  # steps; training metrics are means over so many
     config.eval_epochs = 1.0  # epochs from one evaluation to the next
     config.eval_batch_size = 500
-    config.checkpoint_seconds = (
-        60.0  # from one checkpoint, with best/ and last/, to the next; the end and SIGTERM save too
-    )
+    config.checkpoint_seconds = 60.0  # from one checkpoint, best/ and last/ to the next; the end and SIGTERM save too
     config.compare = False  # also train the teacher (where no checkpoint is named) and the student alone
     config.smoke = False  # a few steps on a few random images, to see that everything fits together
 

@@ -50,6 +50,7 @@ def _commit() -> str | None:
     try:
         git("ls-files", "--error-unmatch", Path(__file__).name)  # fails where git does not track this file
         head = git("rev-parse", "HEAD")
-        return head if not git("status", "--porcelain", "--untracked-files=no") else named or f"{head}+"
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return (named or f"{head}+") if changed else head
     except (OSError, subprocess.CalledProcessError):
         return named

@@ -245,25 +245,22 @@ def make_train_step(
             states, metrics = train_step(states, inputs, jax.tree.map(lambda x: x[0], source) if streamed else source)
             return tuple(map(_checked, states)), metrics
 
-        ways = [_packing(state) for state in states]
+        pack, unpack = _packing(states)
 
         def body(packed, batch):
-            states = tuple(unpack(state) for (_, unpack), state in zip(ways, packed, strict=True))
-            states, metrics = train_step(states, inputs, batch if streamed else source)
-            return tuple(pack(state) for (pack, _), state in zip(ways, states, strict=True)), metrics
+            states, metrics = train_step(unpack(packed), inputs, batch if streamed else source)
+            return pack(states), metrics
 
-        packed = tuple(pack(state) for (pack, _), state in zip(ways, states, strict=True))
-        packed, metrics = jax.lax.scan(body, packed, source if streamed else None, count)
-        states = tuple(unpack(state) for (_, unpack), state in zip(ways, packed, strict=True))
-        return tuple(map(_checked, states)), jax.tree.map(lambda x: x.sum(0), metrics)
+        packed, metrics = jax.lax.scan(body, pack(states), source if streamed else None, count)
+        return tuple(map(_checked, unpack(packed))), jax.tree.map(lambda x: x.sum(0), metrics)
 
     return jax.jit(
         train_steps, static_argnums=3, donate_argnums=0, in_shardings=(whole, whole, None), out_shardings=whole
     )
 
 
-def _packing(state: TrainState) -> tuple[Callable[[TrainState], TrainState], Callable[[TrainState], TrainState]]:
-    """pack and unpack, for states like this: with the small arrays of each field in one vector, and as they were.
+def _packing(states: tuple[TrainState, ...]) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    """pack and unpack, for states like these: with the small arrays of each field in one vector, and as they were.
 
     A GPU then updates the arrays of a field by one kernel, and not each by its own.
     """
@@ -284,10 +281,14 @@ def _packing(state: TrainState) -> tuple[Callable[[TrainState], TrainState], Cal
 
         return pack, unpack
 
-    fields = {name: one(getattr(state, name)) for name in ("params", "batch_stats", "opt_state")}
+    names = ("params", "batch_stats", "opt_state")
+    ways = [{name: one(getattr(state, name)) for name in names} for state in states]
 
-    def convert(way: int, state: TrainState) -> TrainState:
-        return state._replace(**{name: ways[way](getattr(state, name)) for name, ways in fields.items()})
+    def convert(which: int, states: tuple[TrainState, ...]) -> tuple[TrainState, ...]:
+        return tuple(
+            state._replace(**{name: way[name][which](getattr(state, name)) for name in names})
+            for way, state in zip(ways, states, strict=True)
+        )
 
     return functools.partial(convert, 0), functools.partial(convert, 1)
 

@@ -269,8 +269,9 @@ class Student:
         self.writer.write(step, "test", {name: result[name] for name in ("top1", "top5", "loss")})
         best = self.progress["best"] is None or result["top1"] > self.progress["best"]["top1"]
         variables = jax.device_get(variables) if processes.leads() else None  # the next step takes the device's
+        network = variables, _facts(self.run, result)
         for name in ("last", "best") if best else ("last",):
-            self.progress[name], self._networks[name] = result, (variables, _facts(self.run, result))
+            self.progress[name], self._networks[name] = result, network
 
     def _write_networks(self) -> None:
         for name, (variables, metadata) in self._networks.items():
