@@ -210,19 +210,11 @@ def conditions(flags, peers):
         "config": {"repeats": flags.repeats, "seconds": flags.seconds, "threads": 1},
         "seed": 0,
         "commit": provenance.record()["commit"],
-        "device": jax.devices()[0].device_kind + f", {processor()}, cores in use {len(os.sched_getaffinity(0))}",
+        "device": f"{jax.devices()[0].device_kind}, {provenance.processor()}",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
         "units": "microseconds: median of the repetitions; ratio: median of peer / rkd_jax",
     }
-
-
-def processor():
-    """The processor's name, as Linux tells it."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def describe(row):

@@ -19,8 +19,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import os
-import platform
 import statistics
 import time
 import warnings
@@ -40,7 +38,7 @@ from rkd_jax.models import _conv
 PLATFORMS = ("cpu", "cuda", "tpu")
 TOLERANCE = 1e-4  # of the logits
 DTYPES = {"uint8": jnp.uint8, "normalized": jnp.float32}
-DEVICE = f"CPU ({platform.machine()}, {os.cpu_count()} cores)"
+DEVICE = f"cpu ({provenance.processor()})"
 Predict = Callable[[np.ndarray], np.ndarray]  # images [B, H, W, K] -> logits [B, C]
 
 

@@ -1,6 +1,8 @@
 """Where a result comes from: command, commit, versions, device, date."""
 
 import os
+import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -20,6 +22,17 @@ def device_name() -> str:
     return kind if count == 1 else f"{count} x {kind}"
 
 
+def processor() -> str:
+    """The processor, as Linux names it, the widest vectors that it has, and how many cores this process may use."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text() if file.exists() else ""
+    found = re.search(r"model name\s*: (.+)", text)
+    name = found[1] if found else platform.processor() or platform.machine()
+    vectors = [kind for kind in ("avx512f", "avx2") if re.search(rf"\b{kind}\b", text)][:1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return ", ".join([name, *vectors, f"{cores} core" + "s" * (cores != 1)])
+
+
 def record() -> dict[str, Any]:
     """What a result must name: command, commit, versions, device, whose convolutions, XLA's flags if any, date."""
     module = sys.modules["__main__"].__spec__  # None for a script
@@ -29,7 +42,7 @@ def record() -> dict[str, Any]:
         "command": shlex.join(["python", *script, *sys.argv[1:]]),
         "commit": _commit(),
         "versions": {"python": sys.version.split()[0]} | {name: metadata.version(name) for name in packages},
-        "device": device_name(),
+        "device": device_name() + (f" ({processor()})" if jax.default_backend() == "cpu" else ""),
         "convolutions": "rkd_jax" if _conv.available() else "XLA",
         **({"XLA_FLAGS": flags} if (flags := os.environ.get("XLA_FLAGS")) else {}),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import subprocess
 import sys
 
@@ -78,6 +79,29 @@ def test_convolution_and_gradients_are_xlas_in_float64(kind):
     for found, exact in zip(jax.jit(functools.partial(all_of, convolve))(x, w), wanted, strict=True):
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, exact, rtol=0, atol=2e-6 * np.abs(exact).max())
+
+
+NARROWER = """
+import test_conv
+from rkd_jax.models import _conv
+assert _conv.available()
+for kind in ("stem", "16", "32", "64 to 96, odd", "48 to 16", "strided", "1x1", "depthwise", "depthwise strided, even"):
+    test_conv.test_convolution_and_gradients_are_xlas_in_float64(kind)
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")
+@pytest.mark.parametrize("flag", ["-mno-avx512f", SLOW("-mno-avx")])
+def test_kernels_for_narrower_vectors_are_right_too(flag, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\nexec c++ "$@" {flag}\n')
+    compiler.chmod(0o755)
+    there = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", NARROWER], env=os.environ | there, check=True)
+    (library,) = tmp_path.glob("rkd_jax/conv_*.so")
+    widest = {"-mno-avx512f": "zmm", "-mno-avx": "ymm"}[flag]
+    code = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert widest not in code
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, SLOW(jnp.float64)])

@@ -15,10 +15,32 @@
 
 namespace ffi = xla::ffi;
 
+// A vector is one register of this processor: the compiler takes wider ones apart through memory. And a block leaves
+// registers for its weights and its pixel.
+#if defined(__AVX512F__)  // 32 of 16 floats
 constexpr int64_t kLanes = 16;
+constexpr int kPixels = 8, kVectors = 2;
+#elif defined(__AVX__)  // 16 of 8
+constexpr int64_t kLanes = 8;
+constexpr int kPixels = 4, kVectors = 2;
+#elif defined(__aarch64__)  // 32 of 4
+constexpr int64_t kLanes = 4;
+constexpr int kPixels = 4, kVectors = 4;
+#else  // 16 of 4
+constexpr int64_t kLanes = 4;
+constexpr int kPixels = 4, kVectors = 2;
+#endif
+constexpr int64_t kBlock = kVectors * kLanes;  // channels
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float)), aligned(4)));
 
 static Vector load(const float* p) { return *reinterpret_cast<const Vector*>(p); }
+// Without it, GCC loads a vector for each of its products, and these wait for the loads.
+static Vector in_register(Vector v) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
 static void store(float* p, Vector v) { *reinterpret_cast<Vector*>(p) = v; }
 
 // Calls work(i) for i < count on the pool and on this thread, which takes part, so that a full pool cannot block it.
@@ -86,7 +108,7 @@ static void forward_block(const Shape& s, const float* in, const float* weights,
     const float* row = in + i * s.padded_width() * s.channels;
     for (int64_t k = 0; k < s.kernel * s.channels; ++k, weights += VECTORS * kLanes) {  // taps of a row are adjacent
       Vector w[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) w[v] = load(weights + v * kLanes);
+      for (int v = 0; v < VECTORS; ++v) w[v] = in_register(load(weights + v * kLanes));
 #pragma GCC unroll 16
       for (int p = 0; p < PIXELS; ++p)
 #pragma GCC unroll 4
@@ -119,7 +141,7 @@ static void gradient_block(const Shape& s, const float* in, int64_t count, const
     const float* pixel = in + y * s.stride * s.padded_width() * count;
     for (int64_t x = 0; x < s.columns; ++x, pixel += s.stride * count, g += s.features) {
       Vector d[VECTORS];
-      for (int v = 0; v < VECTORS; ++v) d[v] = load(g + v * kLanes);
+      for (int v = 0; v < VECTORS; ++v) d[v] = in_register(load(g + v * kLanes));
 #pragma GCC unroll 16
       for (int c = 0; c < CHANNELS; ++c)
 #pragma GCC unroll 4
@@ -140,6 +162,19 @@ static void gradient_image(const Shape& s, const float* padded, int64_t count, c
                                             out + ((i * s.kernel + j) * s.channels + c) * s.features + f);
 }
 
+// The blocks of these shapes: where the features do not come in whole ones, half as wide and, if they can be, longer.
+static bool is_whole(const Shape& s) { return s.features % kBlock == 0; }
+static int64_t block_of(const Shape& s) { return is_whole(s) ? kBlock : kBlock / 2; }
+
+static auto forward_of(const Shape& s) {
+  if (is_whole(s)) return forward_image<kPixels, kVectors>;
+  return s.columns >= 2 * kPixels ? forward_image<2 * kPixels, kVectors / 2> : forward_image<kPixels, kVectors / 2>;
+}
+
+static auto gradient_of(const Shape& s) {
+  return is_whole(s) ? gradient_image<kPixels, kVectors> : gradient_image<2 * kPixels, kVectors / 2>;
+}
+
 // Winograd's F(2 x 2, 3 x 3) (Lavin and Gray 2016): a tile of 2 by 2 outputs takes 16 products instead of 36, of the
 // 4 by 4 inputs under it and of the kernel, each transformed: y = A'[(G k G') * (B' x B)]A. Over channels and tiles
 // they are 16 matrix products, which the blocks above compute. In the gradient A and G change sides. With few channels
@@ -152,8 +187,8 @@ static bool is_winograd(const Shape& s) {
 static int64_t tiles_of(const Shape& s) { return (s.rows + 1) / 2 * ((s.columns + 1) / 2); }
 static int64_t tiles_at_once(int64_t channels) { return channels > 256 ? 16 : 32; }  // in a core's cache
 
-// The 16 numbers of a tile lie in 16 planes, a vector wider than needed: at powers of 2 they would share cache lines.
-static int64_t plane_of(int64_t tiles, int64_t channels) { return tiles * channels + kLanes; }
+// The 16 numbers of a tile lie in 16 planes, a cache line wider than needed: at powers of 2 they would share cache lines.
+static int64_t plane_of(int64_t tiles, int64_t channels) { return tiles * channels + 16; }
 
 static void transform_input(const Vector d[16], float* to, int64_t stride) {  // B' d B
   Vector r[16];
@@ -263,8 +298,7 @@ static void tile_of_input(const Shape& s, const float* x, int64_t tile, int64_t 
 }
 
 static ffi::Error winograd(ffi::ThreadPool pool, const Shape& s, const float* x, const float* kernel, float* y) {
-  const int64_t vectors = s.features % (2 * kLanes) == 0 ? 2 : 1, block = vectors * kLanes;
-  const int64_t count = tiles_at_once(s.channels), total = s.batch * tiles_of(s);
+  const int64_t block = block_of(s), count = tiles_at_once(s.channels), total = s.batch * tiles_of(s);
   const int64_t in_plane = plane_of(count, s.channels), out_plane = plane_of(count, block);
   std::unique_ptr<float[]> weights(new float[16 * s.channels * s.features]);  // [features / block, 16, channels, block]
   parallel(pool, s.features / block, [&](int64_t f) {
@@ -276,7 +310,7 @@ static ffi::Error winograd(ffi::ThreadPool pool, const Shape& s, const float* x,
   Shape product = {};
   product.rows = product.kernel = product.stride = 1;
   product.columns = count, product.channels = s.channels, product.features = block;
-  auto multiply = vectors == 2 ? forward_image<8, 2> : forward_image<16, 1>;
+  auto multiply = forward_of(product);
   parallel(pool, (total + count - 1) / count, [&](int64_t item) {
     static thread_local std::vector<float> in, out, nowhere;
     in.resize(16 * in_plane), out.resize(16 * out_plane), nowhere.assign(s.channels, 0.0f);
@@ -313,7 +347,7 @@ static void winograd_gradient(const Shape& s, const float* x, const float* g, in
   Shape product = {};
   product.rows = product.kernel = product.stride = 1;
   product.channels = count, product.features = s.features;
-  auto multiply = s.features % (2 * kLanes) == 0 ? gradient_image<8, 2> : gradient_image<16, 1>;
+  auto multiply = gradient_of(s);
   for (int64_t tile = begin * tiles_of(s); tile < last; tile += at_once) {
     product.columns = std::min(at_once, last - tile);
     for (int64_t t = 0; t < product.columns; ++t) {
@@ -343,13 +377,12 @@ static ffi::Error forward(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Bu
                           ffi::ResultBuffer<ffi::F32> y, int64_t stride, int64_t padding) {
   const Shape s = shape_of(x.dimensions(), y->dimensions(), kernel.dimensions()[0], stride, padding);
   if (is_winograd(s)) return winograd(pool, s, x.typed_data(), kernel.typed_data(), y->typed_data());
-  const int64_t vectors = s.features % (2 * kLanes) == 0 ? 2 : 1, block = vectors * kLanes;
-  const int64_t taps = s.kernel * s.kernel * s.channels;
+  const int64_t block = block_of(s), taps = s.kernel * s.kernel * s.channels;
   std::vector<float> weights(taps * s.features);  // [features / block, taps, block]
   for (int64_t f = 0; f < s.features; f += block)
     for (int64_t t = 0; t < taps; ++t)
       std::memcpy(&weights[f * taps + t * block], kernel.typed_data() + t * s.features + f, block * sizeof(float));
-  auto image = vectors == 2 ? forward_image<8, 2> : s.columns >= 16 ? forward_image<16, 1> : forward_image<8, 1>;
+  auto image = forward_of(s);
   parallel(pool, s.batch, [&](int64_t b) {
     static thread_local std::vector<float> padded;
     const float* in = x.typed_data() + b * s.height * s.width * s.channels;
@@ -368,7 +401,7 @@ static ffi::Error gradient(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::B
   const int64_t size = kernel->element_count(), count = std::min<int64_t>(s.channels, 32);
   const int64_t chunks = std::min<int64_t>(s.batch, 8), slices = s.channels / count;  // sums do not depend on threads
   std::unique_ptr<float[]> partial(new float[chunks * size]());
-  auto image = s.features % (2 * kLanes) == 0 ? gradient_image<8, 2> : gradient_image<16, 1>;
+  auto image = gradient_of(s);
   parallel(pool, chunks * slices, [&](int64_t item) {
     static thread_local std::vector<float> padded;
     const int64_t chunk = item / slices, first = item % slices * count;
