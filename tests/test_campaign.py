@@ -260,7 +260,8 @@ def test_trained_teacher_of_the_name_of_a_given_one_is_in_the_state(short, tmp_p
 
     monkeypatch.setattr(campaign, "halve", halve)
     monkeypatch.setattr(campaign.evaluate, "evaluate", lambda *_: {"top1": 1.0, "top5": 2.0})
-    made = campaign.Campaign(tmp_path, "smoke", 9, "", None, 1 << 26)
+    campaign._random_data(tmp_path / "data")
+    made = campaign.Campaign(tmp_path, "smoke", 9, str(tmp_path / "data"), None, 1 << 26)
     made.given(["resnet8", "vgg8"])  # in a slice before, and not in this one
     item = campaign.items("smoke")[1]
     planned = made.plan(item)
