@@ -145,9 +145,9 @@ def _run(config: ConfigDict, workdir: Path, changes: Mapping[str, Any] | None) -
     for path in paths:
         chosen = config if changes is None else recorded(path, config, changes)
         result = evaluate(chosen, path)
-        results.append({"path": str(path), "dataset": chosen.dataset, **result})
-        random = chosen.smoke and data.form(chosen.dataset)
+        random = bool(chosen.smoke and data.form(chosen.dataset))
         images = f"{result['images']:,} " + ("random images" if random else f"test images of {chosen.dataset}")
+        results.append({"path": str(path), "dataset": "random images" if random else chosen.dataset, **result})
         step = f"step {result['step']:,}: " if result["step"] is not None else ""
         line = f"{path}: {result['network']}, {step}top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
         print(f"{line} ({images})")

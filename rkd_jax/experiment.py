@@ -268,7 +268,8 @@ def _optimization(
     used = {*optim.taken(optimizer), *(STEP_OPTIONS if name == "step" else ())}
     unused = {field: value for field, value in OFF.items() if field not in used}
     fields.fill(unused)  # which are None in a run's config.json
-    if not all(isinstance(epoch, int | float) and 0 < epoch < math.inf for epoch in fields.decay_epochs):
+    numbers = (isinstance(epoch, int | float) and not isinstance(epoch, bool) for epoch in fields.decay_epochs)
+    if not all(numbers) or not all(0 < epoch < math.inf for epoch in fields.decay_epochs):
         raise ValueError(f"config.decay_epochs={fields.decay_epochs!r} are no epochs; take, say, (150, 180, 210)")
     falls = {"decay_epochs": fields.decay_epochs, "decay_factor": fields.at_least("decay_factor", 0, 1)}
     schedule = optim.create_schedule(

@@ -226,7 +226,10 @@ def run(args: argparse.Namespace) -> None:
         _import(kind)
     export = Export(evaluate.restore(args.folder, shape, field="FOLDER"), shape, args.batch, args.images)
     pixels = _images(args, shape)
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output={args.output} cannot be made a folder ({error.strerror}); name another") from error
     facts = export.signature() | {"platforms of network.jaxexport": PLATFORMS}
     facts |= {name: metadata.get(name) for name in ("fingerprint", "class_names")}
     path = args.output / "network.json"

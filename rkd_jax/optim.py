@@ -52,14 +52,14 @@ def create_optimizer(name: str, schedule: optax.Schedule, **options: Any) -> opt
     options = dict.fromkeys(OPTIONS, 0) | options
     if "schedule_free" in name:
         raise ValueError(f"{field} is tested at averaged parameters, which this loop does not do; take another")
-    if options["weight_decay"] and "weight_decay" not in taken(name):
-        raise ValueError(f"{field} takes no weight_decay; set config.weight_decay=0, or take another")
     try:
         tx = factory(learning_rate=schedule, **{option: options[option] for option in taken(name)})
     except TypeError as error:
         raise ValueError(f"{field}: {error}; it is called as factory(learning_rate=schedule, ...)") from error
     if not isinstance(tx, optax.GradientTransformation):
         raise ValueError(f"{field} returned a {type(tx).__name__}; return an optax.GradientTransformation")
+    if options["weight_decay"] and "weight_decay" not in taken(name):
+        raise ValueError(f"{field} takes no weight_decay; set config.weight_decay=0, or take another")
     return tx
 
 

@@ -12,6 +12,12 @@ from rkd_jax import _files, checkpoint, experiment
 NOT_COMPUTED = ("data_dir", "teacher_checkpoint", "student_checkpoint", "checkpoint_seconds", "stream")
 # Fields that a run may go on with in another value.
 MAY_CHANGE = ("log_every", "eval_batch_size", "steps_per_call")
+# What a command leaves in its folder, and the files that tell it.
+KINDS = {
+    "one run": ("config.json",),
+    "a sweep (config.sweep)": ("*=*/config.json",),
+    "a comparison (config.compare)": ("alone/config.json", "teacher/config.json"),
+}
 PUT_BACK = "put it back (a finished run has it in its summary.json), or name another folder"
 
 
@@ -47,6 +53,13 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> bool:
             "that run's values:\n" + "\n".join(differences)
         )
     return free
+
+
+def check_kind(workdir: Path, kind: str) -> None:
+    """ValueError where a folder holds one of `KINDS`, and none of this one: they would lie in one folder unawares."""
+    there = [name for name, patterns in KINDS.items() if any(any(workdir.glob(each)) for each in patterns)]
+    if there and kind not in there:
+        raise ValueError(f"--workdir={workdir} holds {there[0]}, and this is {kind}; name another folder")
 
 
 def has_begun(workdir: Path) -> bool:

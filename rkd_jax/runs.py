@@ -1,5 +1,6 @@
 """What one command runs: a network, a chain of networks, a sweep, or a student with and without its teacher."""
 
+import difflib
 import itertools
 import os
 import statistics
@@ -9,16 +10,21 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rkd_jax import _files, evaluate, experiment, models, processes, provenance, train
+from rkd_jax import _devices, _files, evaluate, experiment, models, processes, provenance, run_folder, train
 from rkd_jax.methods import takd
 
 
 def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
-    """What `python main.py` does."""
-    if config.get("sweep"):
+    """What `python main.py` does; ValueError where the folder holds something else, a sweep where this is one run."""
+    single, several, both = run_folder.KINDS
+    kind = several if config.get("sweep") else both if config.get("compare") else single
+    _devices.start()
+    processes.meet()
+    processes.in_lead(lambda: run_folder.check_kind(Path(workdir), kind))
+    if kind == several:
         sweep(config, workdir)
         return
-    if config.get("compare"):
+    if kind == both:
         compare(config, workdir)
         return
     summary = distil(config, workdir)
@@ -162,7 +168,13 @@ def _axes(config: ConfigDict) -> list[list[list[tuple[str, str]]]]:
         axes = []
         for word in text.split() or [text]:
             field, equals, values = word.partition("=")
-            if not equals or not values or field not in config or field == "sweep":
+            if equals and field not in config:
+                near = difflib.get_close_matches(field, config, 1)
+                raise ValueError(
+                    f"config.sweep={config.sweep!r}: {field!r} is no field of the config"
+                    + (f"; did you mean {near[0]!r}?" if near else "; all are in configs/default.py")
+                )
+            if not equals or not values or field == "sweep":
                 raise ValueError(
                     f"config.sweep={config.sweep!r}: {word!r} is not FIELD=VALUE,VALUE,... of a field of the config; "
                     'write, say, --config.sweep="lam=0.1,1,5 seed=0,1"'

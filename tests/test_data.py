@@ -288,6 +288,12 @@ def test_prepare_command(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_archive_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(SystemExit, match=r"Error: --archive=.*mine.zip is no file"):
+        prepare_command.main(["tiny_imagenet", "--data_dir", str(tmp_path), "--archive", str(tmp_path / "mine.zip")])
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("damage", ["missing", "flipped"])
 def test_image_of_an_archive_that_cannot_be_read_is_named(tmp_path, damage):
     """The archive's directory is whole, so that opening it finds nothing."""

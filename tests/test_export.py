@@ -191,6 +191,13 @@ def test_errors_name_the_flag(arguments, message, teacher, tmp_path, capsys):
     assert re.search(f"[Ee]rror: .*{message}", f"{stop.value} {capsys.readouterr().err}")
 
 
+def test_output_that_is_a_file_is_named(network, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match=r"--output=.*file cannot be made a folder \(File exists\); name"):
+        export.main([str(network), "--output", str(tmp_path / "file")])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_format_whose_package_is_absent_names_it(network, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax2onnx", None)
     with pytest.raises(SystemExit, match="pip install jax2onnx onnxruntime"):

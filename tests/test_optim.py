@@ -123,6 +123,7 @@ def test_own_optimizer_is_given_what_it_takes():
         ("AdamW", "is not one of this package, which has 'sgd'; write 'optax:adamw', or my_module:factory"),
         ("SGD", "is not one of this package, which has 'sgd'; write that, or my_module:factory"),
         ("optax:adamv", "cannot be imported: module 'optax' has no attribute 'adamv'; write it as my_module:factory"),
+        ("optax:clip", r".*; it is called as factory\(learning_rate=schedule, ...\)"),
         ("optax:adam", "takes no weight_decay; set config.weight_decay=0, or take another"),
         ("optax.contrib:schedule_free_adamw", "is tested at averaged parameters, which this loop does not do"),
         ("optax:__version__", "is a str, which cannot be called"),

@@ -12,6 +12,7 @@ from conftest import ROOT
 from PIL import Image
 from test_methods import MINE
 
+from configs import cifar100_res56_res20
 from rkd_jax import data, evaluate, experiment, runs, train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -107,6 +108,24 @@ def test_field_of_ones_own_method_in_comparisons_sweeps_and_within_dot(tiny, tmp
         experiment.build(members[0][1])
 
 
+def test_one_folder_is_of_one_kind(tiny, tmp_path):
+    kinds = {
+        "one run": tiny(method="cross_entropy", num_steps=2),
+        "a sweep": tiny(method="cross_entropy", num_steps=2, sweep="learning_rate=0.1"),
+        "a comparison": tiny(teacher_checkpoint="", compare=True, num_steps=2),
+    }
+    for kind, config in kinds.items():
+        folder = tmp_path / kind
+        runs.run(config, folder)
+        before = sorted(folder.rglob("*"))
+        for other, unlike in kinds.items():
+            if other != kind:
+                with pytest.raises(ValueError, match=rf"holds {kind}.*, and this is {other}.*; name another folder"):
+                    runs.run(unlike, folder)
+        assert sorted(folder.rglob("*")) == before
+        runs.run(config, folder)  # which is finished
+
+
 def test_comparison_evaluates_a_given_teacher(tiny, tmp_path):
     rows = runs.compare(tiny(compare=True, num_steps=2), tmp_path / "run")
     assert rows[0]["method"] == "as given"
@@ -152,6 +171,15 @@ def test_evaluation_without_a_config_takes_that_of_each_run(tiny, teacher, tmp_p
     assert evaluate.run(tiny(), teacher, {})[0]["dataset"] == "digits"  # of the config, for that folder names none
     with pytest.raises(ValueError, match=r"was trained on 3 classes \(folder:.*\), config.dataset has 10"):
         evaluate.run(tiny(), tmp_path / "all" / "own")
+
+
+def test_what_smoke_tests_on_random_images_says_so(tmp_path):
+    shutil.copytree(ROOT / "results" / "networks" / "cifar100_res56_res20", tmp_path / "network")
+    config = cifar100_res56_res20.get_config()
+    config.smoke = True
+    evaluate.run(config, tmp_path / "network")
+    for result in json.loads((tmp_path / "network" / "evaluation.json").read_text())["results"]:
+        assert (result["dataset"], result["images"]) == ("random images", 16)
 
 
 def test_command_evaluates_a_run_without_its_config(tiny, tmp_path):

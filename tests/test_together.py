@@ -197,7 +197,9 @@ def test_one_that_diverges_does_not_stop_the_others(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
-        ("lambda=1,2", "'lambda=1,2' is not FIELD=VALUE"),
+        ("lambda=1,2", "'lambda' is no field of the config; did you mean 'lam'"),
+        ("lr=0.1", "'lr' is no field of the config; all are in configs/default.py"),
+        ("lam=", "'lam=' is not FIELD=VALUE"),
         ("lam", "'lam' is not FIELD=VALUE"),
         ("lam=1,much", "lam=much is no float, which config.lam takes"),
         ("lam=1,1.0", "names a student twice"),

@@ -377,7 +377,7 @@ def test_what_a_short_run_leaves_out_of_its_schedule_is_said(tiny, tmp_path, cap
     assert said in capsys.readouterr().out
     train.train_and_evaluate(tiny(num_steps=9, decay_epochs=(1, 2), lr_warmup_epochs=1.0), tmp_path / "long")
     assert "the rate" not in capsys.readouterr().out
-    for epochs in (("a", "b"), (-5,), (float("inf"),)):
+    for epochs in (("a", "b"), (-5,), (float("inf"),), (True,)):
         with pytest.raises(ValueError, match=r"config\.decay_epochs=.* are no epochs"):
             train.train_and_evaluate(tiny(decay_epochs=epochs), tmp_path / "bad")
 

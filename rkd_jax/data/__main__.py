@@ -21,8 +21,10 @@ def main(argv: list[str] | None = None) -> None:
         root = _prepared.folder(arguments.data_dir)
         if arguments.archive and not _prepared.own_builder(arguments.name):
             raise ValueError(f"--archive is for tiny_imagenet; {arguments.name} has no use for it")
+        if arguments.archive and not Path(arguments.archive).expanduser().is_file():
+            raise FileNotFoundError(f"--archive={arguments.archive} is no file")
         if arguments.archive:
-            _prepared.prepare(arguments.name, root, archive=arguments.archive)
+            _prepared.prepare(arguments.name, root, archive=str(Path(arguments.archive).expanduser()))
         splits = data.load(arguments.name, arguments.data_dir)
         if arguments.cache:
             name = arguments.name.removeprefix("tfds:")

@@ -31,7 +31,7 @@ SCALES = {
     "short": Scale("a tenth of the epochs, on 10,000 training images", {"num_train": 10_000}, epochs=0.1),
     "smoke": Scale(
         "a toy, not comparable with the paper: every pair is resnet20 > resnet8 on scikit-learn's digits for 160 "
-        "steps, and a method's one run stands in all columns",
+        "steps, and a method's one run, with its weights for the digits (lambda 5), stands in all columns",
         {
             "compare": False, "views": "both", "num_train": 640, "batch_size": 32, "num_epochs": 8,
             "decay_epochs": (5, 7), "eval_epochs": 1.0,
