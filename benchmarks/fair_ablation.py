@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 
 from configs import cifar100_res56_res20
-from rkd_jax import _files, _memory, losses, provenance, train
+from rkd_jax import _files, _flags, _memory, losses, provenance, train
 from rkd_jax.methods import base
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,10 +67,10 @@ def main():
         metavar="LOSS",
         help=", ".join(map(repr, CHOICES)),
     )
-    parser.add_argument("--seeds", type=int, default=2, help="how many")
+    parser.add_argument("--seeds", type=_flags.positive, default=2, help="how many")
     parser.add_argument("--first_seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--num_train", type=int, default=10_000)
+    parser.add_argument("--epochs", type=_flags.positive, default=6)
+    parser.add_argument("--num_train", type=_flags.positive, default=10_000)
     parser.add_argument("--views", choices=("weak", "strong", "both"), default="both")
     flags = parser.parse_args()
     _memory.keep()

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 
 from configs import digits
-from rkd_jax import _files, experiment, methods, provenance, runs, train
+from rkd_jax import _files, _flags, experiment, methods, provenance, runs, train
 from rkd_jax.report import cells
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,8 +27,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "methods_digits.json")
     parser.add_argument("--workdir", type=Path, default=Path("runs/methods_digits"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=_flags.positive, default=3)
+    parser.add_argument("--epochs", type=_flags.positive, default=10)
     flags = parser.parse_args()
 
     base = digits.get_config()

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rkd_jax import _files, data, evaluate, provenance
+from rkd_jax import _files, _flags, data, evaluate, provenance
 from rkd_jax.data import augment
 
 CHUNK = 500
@@ -25,7 +25,7 @@ def main():
     parser.add_argument("--teacher", required=True, help="a network folder")
     parser.add_argument("--student", required=True, help="a network folder")
     parser.add_argument("--data_dir", default="", help="as config.data_dir")
-    parser.add_argument("--num_train", type=int, default=5000, help="training images")
+    parser.add_argument("--num_train", type=_flags.positive, default=5000, help="training images")
     parser.add_argument("--output", type=Path, default=Path("results/on_views.json"))
     flags = parser.parse_args()
     splits = data.load("cifar100", flags.data_dir)

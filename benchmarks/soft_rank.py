@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rkd_jax import _files, provenance, ranking
+from rkd_jax import _files, _flags, provenance, ranking
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = ((64, 100), (128, 200), (1024, 100), (256, 1000))
@@ -39,7 +39,7 @@ def main():
     """Time every contender at every shape and strength; print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--repeats", type=int, default=60, help="repetitions of everything fast")
+    parser.add_argument("--repeats", type=_flags.positive, default=60, help="repetitions of everything fast")
     parser.add_argument(
         "--seconds", type=float, default=12.0, help="limit for one shape and strength; 3 repetitions at least"
     )

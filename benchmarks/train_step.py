@@ -37,7 +37,7 @@ from pathlib import Path
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs the GPU's memory too
 
-from rkd_jax import _files, _memory, provenance
+from rkd_jax import _files, _flags, _memory, provenance
 
 if __name__ == "__main__":
     _memory.keep()
@@ -75,7 +75,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
     parser.add_argument("--quick", action="store_true", help="two repetitions; no torch.compile")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=_flags.positive, default=7)
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES), help="default: all")
     parser.add_argument("--output", type=Path, default=Path(f"results/train_step_{jax.default_backend()}.json"))
