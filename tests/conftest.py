@@ -13,6 +13,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# XLA compiles in half the time and runs slower. XLA_FLAGS="" in the environment: its default, as users have it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ["PYTHONPATH"] = os.pathsep.join(  # child processes find tests/small_network.py too
     filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
 )
@@ -96,7 +98,7 @@ def small_teacher(tmp_path_factory):
 def fast_compile(monkeypatch):
     """What jax.jit is given from here on, in child processes too, compiles in half the time and runs slower."""
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=FAST_COMPILE))
-    jax.devices()  # XLA reads its flags once, and this process's are none
+    jax.devices()  # XLA reads its flags once: this process has its own
     monkeypatch.setenv("XLA_FLAGS", FAST_FLAGS)
 
 

@@ -118,6 +118,7 @@ def test_operation_is_pils(kind, name):
     np.testing.assert_array_equal(found, wanted)
 
 
+@pytest.mark.slow
 def test_equalize_is_pils_for_every_step():
     """Histograms of few and of many pixels: steps 0 and 1, levels that would pass 255, the brightest level alone."""
     rng = np.random.default_rng(0)

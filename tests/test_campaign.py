@@ -130,6 +130,7 @@ def outcome(out):
     return networks, results
 
 
+@pytest.mark.slow
 def test_stopped_campaign_ends_as_one_in_one_go(short, tmp_path, monkeypatch, capsys):
     go(tmp_path / "whole")
     text = capsys.readouterr().out
@@ -422,6 +423,7 @@ evaluate.run(config, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_need_few_packages(tmp_path):
     command = [sys.executable, "-c", WITHOUT, str(tmp_path / "a")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

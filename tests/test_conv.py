@@ -105,7 +105,7 @@ def test_kernels_for_narrower_vectors_are_right_too(flag, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, SLOW(jnp.float64)])
-@pytest.mark.parametrize("kind", ["16", "strided", "1x1", "depthwise"])
+@pytest.mark.parametrize("kind", ["16", "strided", "1x1", SLOW("depthwise")])
 def test_other_dtypes_are_xlas(kind, dtype):
     with jax.enable_x64(True):
         x, w, convolve = operands(*KINDS[kind], dtype=dtype)
@@ -144,7 +144,9 @@ def transformed(convolve, x, w):
     }
 
 
-@pytest.mark.parametrize("kind", ["stem", "32", "strided, odd", "1x1", "depthwise of whole vectors", "depthwise"])
+@pytest.mark.parametrize(
+    "kind", ["32", "1x1", "depthwise", *map(SLOW, ("stem", "strided, odd", "depthwise of whole vectors"))]
+)
 def test_transformations_are_those_of_xlas(kind):
     side, *others = KINDS[kind]
     x, w, convolve = operands(min(side, 10), *others)

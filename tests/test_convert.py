@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SLOW
 
 from rkd_jax import checkpoint, convert, models, torch_file
 from rkd_jax.data import cifar100
@@ -44,7 +45,10 @@ def assert_holds(variables, state, name="resnet8", num_classes=10):
             np.testing.assert_array_equal(array, state[key].numpy(), err_msg=key)
 
 
-@pytest.mark.parametrize("name", models.names())
+FAMILIES = ("resnet8x4", "wrn_16_2", "vgg13", "MobileNetV2", "MobileNetV2_64x64", "ShuffleV1", "ShuffleV2", "ResNet50")
+
+
+@pytest.mark.parametrize("name", [name if name in FAMILIES else SLOW(name) for name in models.names()])
 def test_round_trip_is_exact_and_strict(name):
     """Flax -> PyTorch, loaded with strict=True, -> Flax, for every network."""
     model = models.create(name, 10)

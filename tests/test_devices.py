@@ -73,6 +73,7 @@ def test_run_that_no_longer_fits_is_kept(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "checkpoints" / "1").is_dir()
 
 
+@pytest.mark.slow
 def test_command_says_what_is_too_large(tmp_path):
     fields = {"method": "test_devices:Greedy", "student": "small_network:create", "compare": False}
     ran = start("main.py", *(f"--config.{name}={value}" for name, value in fields.items()), f"--workdir={tmp_path}")

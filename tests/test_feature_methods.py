@@ -30,6 +30,7 @@ try:
 except ImportError:
     torch = None
 needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed")
+pytestmark = pytest.mark.usefixtures("fast_compile")
 
 BATCH, CLASSES, EXAMPLES = 4, 6, 9
 MAPS = {  # [side, channels] from the stem on
@@ -329,7 +330,12 @@ CASES = [(name, {}, "teacher") for name in sorted(FEATURES)] + [
         "larger teacher", "smaller teacher", "longer teacher", "teacher", "longer teacher"))),
     ("fcfd", {"alpha": 2.0, "beta": 3.0, "feature_weight": 10.0, "mixture_weight": 0.2, "extra_paths": 4}, "teacher"),
 ]  # fmt: skip
-LONG = [("fcfd", {}, "teacher"), ("reviewkd", {}, "teacher")]
+LONG = [
+    ("fcfd", {}, "teacher"),
+    ("reviewkd", {}, "teacher"),
+    ("reviewkd", {}, "longer teacher"),
+    *(case for case in CASES if case[2] == "activated student's teacher"),
+]
 
 
 def in_torch(tree):
@@ -500,8 +506,7 @@ def test_crds_negatives_are_of_other_classes_and_as_many_as_asked_for():
     np.testing.assert_allclose(metrics["negatives"], chosen.sum(-1).mean())
 
 
-@pytest.mark.usefixtures("fast_compile")
-@pytest.mark.parametrize("name", ["crd", SLOW("fcfd"), SLOW("norm")])
+@pytest.mark.parametrize("name", [SLOW("crd"), SLOW("fcfd"), SLOW("norm")])
 def test_resumed_run_is_an_uninterrupted_one(name, two_stages, tmp_path, stopped):
     """Of a method with parameters and a state: the same bits of both, too."""
     config = two_stages(method=name, num_steps=8, checkpoint_seconds=0.0)
@@ -557,7 +562,7 @@ def test_fcfd_asks_for_two_maps():
         methods.create("fcfd").init(jax.random.key(0), shapes(bare), shapes(T), EXAMPLES)
 
 
-@pytest.mark.usefixtures("fast_compile")
+@pytest.mark.slow
 def test_fcfds_teacher_is_not_folded(two_stages, tmp_path, monkeypatch):
     """Nor where it is shared with a method whose teacher is."""
     with pytest.raises(ValueError, match=r"config\.method='fcfd' trains through .*config\.fold_teacher=True"):
@@ -631,7 +636,6 @@ def test_norms_layers_merge_into_the_classifier(name):
     assert np.abs(before - expected).max() > 0.1 * np.abs(expected).max()
 
 
-@pytest.mark.usefixtures("fast_compile")
 def test_a_run_of_norm_leaves_a_plain_network_of_the_accuracy_that_it_says(two_stages, tmp_path):
     config = two_stages(method="norm", segments=2)
     summary = train.train_and_evaluate(config, tmp_path)
@@ -648,7 +652,7 @@ def test_a_run_of_norm_leaves_a_plain_network_of_the_accuracy_that_it_says(two_s
     assert {path[0].key for path, equal in jax.tree_util.tree_leaves_with_path(same) if not equal} == {"fc"}
 
 
-@pytest.mark.usefixtures("fast_compile")
+@pytest.mark.slow
 def test_gate_of_the_docs_is_merged_into_the_classifier(two_stages, tmp_path, monkeypatch):
     (*_, block) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "methods.md").read_text(), re.DOTALL)
     (tmp_path / "gated.py").write_text(block)
@@ -734,10 +738,10 @@ def terms_of(method, student, teacher, side):
 
 
 # Their networks' maps are as others' of the same families.
-LIKE_OTHERS = ("cifar100_res110_res32", "cifar100_wrn40_2_wrn40_1", "cifar100_res32x4_sv1", "cifar100_vgg13_mv2")
+ALONE = ("cifar100_res32x4_res8x4", "cifar100_wrn40_2_sv1", "tinyimagenet_res18_mv2")  # one of each kind of map
 
 
-@pytest.mark.parametrize("pair", [SLOW(pair) if pair in LIKE_OTHERS else pair for pair in paper.PAIRS])
+@pytest.mark.parametrize("pair", [pair if pair in ALONE else SLOW(pair) for pair in paper.PAIRS])
 def test_every_pair_of_the_paper(pair):
     config = importlib.import_module(f"configs.{pair}").get_config()
     classes, side = (100, 32) if config.dataset == "cifar100" else (200, 64)

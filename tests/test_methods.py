@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import FAST_COMPILE, ROOT
+from conftest import FAST_COMPILE, ROOT, SLOW
 
 from rkd_jax import methods
 from rkd_jax.methods import __main__ as listing
@@ -256,7 +256,9 @@ def test_one_view_and_two(name, fields):
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"), [(name, {}) for name in NAMES] + [("dot", {"inner": "mlkd"}), ("dot", {"inner": "ctkd"})]
+    ("name", "fields"),
+    [SLOW(name, {}) if name in ("fcfd", "reviewkd") else (name, {}) for name in NAMES]
+    + [("dot", {"inner": "mlkd"}), ("dot", {"inner": "ctkd"})],
 )
 def test_trains_and_compiles_once(name, fields):
     """Steps as steps.py makes them, of a student that is its own logits: no recompilation, and the loss falls."""

@@ -53,7 +53,15 @@ PUBLISHED = {  # parameters at 100 classes, MMACs at 32x32, embedding, features
 }
 # Every kind of block of every family; the other networks repeat them, under the same keys (tests/test_convert.py).
 INFERENCE = ("resnet8x4", "ResNet50", "wrn_16_2", "vgg13", "MobileNetV2", "MobileNetV2_64x64", "ShuffleV1", "ShuffleV2")
-TRAINING = ("resnet8", "wrn_16_1", "vgg8", "MobileNetV2", SLOW("MobileNetV2_64x64"), "ShuffleV1", SLOW("ShuffleV2"))
+TRAINING = (
+    "resnet8",
+    "wrn_16_1",
+    "vgg8",
+    SLOW("MobileNetV2"),
+    SLOW("MobileNetV2_64x64"),
+    SLOW("ShuffleV1"),
+    SLOW("ShuffleV2"),
+)
 
 
 def short(name):
@@ -202,7 +210,7 @@ def hundredth(shape):
         ("vgg8", he, hundredth),
         SLOW("MobileNetV2", he, hundredth),
         SLOW("MobileNetV2_64x64", torch_default, torch_default),
-        ("ShuffleV2", torch_default, torch_default),
+        SLOW("ShuffleV2", torch_default, torch_default),
     ],
 )
 def test_initialisation(name, convolutions, linear):
@@ -303,7 +311,7 @@ def test_gradient_of_batch_statistics_is_the_numeric_one_in_float64():
             np.testing.assert_allclose(ours, exact, rtol=0, atol=3e-6 * np.abs(exact).max())
 
 
-@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", "MobileNetV2_64x64"])
+@pytest.mark.parametrize("name", ["resnet8", "wrn_16_1", "vgg8", SLOW("MobileNetV2_64x64")])
 def test_folded_network_is_the_same_function(name):
     variables, images = convert.from_torch(torch_network(name).state_dict(), name, 10), images_for(name, 2, side=16)
     model = models.create(name, 10)
@@ -345,6 +353,7 @@ def test_batches_side_by_side_are_batches_in_turn(name):
         )
 
 
+@pytest.mark.slow
 def test_folded_in_bfloat16_is_as_near_as_unfolded():
     """Kernels and what is added to a convolution in bfloat16, the classifier in float32."""
     variables, images = (

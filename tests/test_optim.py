@@ -138,6 +138,7 @@ def test_optimizer_that_cannot_be_used_is_named(name, complaint):
 
 
 @pytest.mark.usefixtures("fast_compile")
+@pytest.mark.slow
 def test_run_by_another_optimizer_goes_on(tiny, tmp_path, stopped, capsys):
     config = tiny(optimizer="optax:adamw", schedule="cosine", lr_warmup_epochs=0.5, checkpoint_seconds=0.0)
     whole = runs.distil(config, tmp_path / "whole")
@@ -185,6 +186,7 @@ def test_config_that_cannot_be(tiny, tmp_path, fields, complaint):
 
 
 @pytest.mark.usefixtures("fast_compile")
+@pytest.mark.slow
 def test_optimizers_side_by_side(tiny, tmp_path):
     fields = {"sweep": "optimizer=sgd,test_optim:by_groups schedule=step,cosine", "weight_decay": 0.0, "num_steps": 3}
     rows = runs.sweep(tiny(**fields), tmp_path)

@@ -94,6 +94,7 @@ def test_chain_in_two_processes_is_taught_by_what_the_first_wrote(slow, tmp_path
     assert summary["config"]["teacher_fingerprint"] == assistant["fingerprint"]
 
 
+@pytest.mark.slow
 def test_the_first_of_two_processes_evaluates(slow, tmp_path):
     told = train.train_and_evaluate(slow(num_steps=2), tmp_path)["last"]
     outputs = finish(*start_two(slow(), tmp_path, "from rkd_jax import evaluate\nruns.run = evaluate.run"))
@@ -107,7 +108,7 @@ def test_the_first_of_two_processes_evaluates(slow, tmp_path):
     [
         SLOW({"teacher_checkpoint": ""}, "config.teacher_checkpoint is not set"),
         ({"seed": 1}, "config.seed is 1 here and 0 in process 0; give all processes the same"),
-        ({"sweep": "seed=0,1"}, "the number of runs is 2 here and 1 in process 0; give all processes the"),
+        SLOW({"sweep": "seed=0,1"}, "the number of runs is 2 here and 1 in process 0; give all processes the"),
         SLOW({"student": "raising_network:create"}, "KeyError: 'no such layer'"),
     ],
 )
@@ -164,6 +165,7 @@ print(test.lower(variables, split.images[:33], split.labels[:33]).compile().as_t
 """
 
 
+@pytest.mark.slow
 def test_devices_keep_their_images_and_maps(two_stages):
     config = two_stages(method="at", views="both", batch_size=16)
     script = SHARED.format(root=str(ROOT), config=config.to_dict())
@@ -179,6 +181,7 @@ def test_devices_keep_their_images_and_maps(two_stages):
     assert "[34,8,8,8]" not in evaluation
 
 
+@pytest.mark.slow
 def test_checkpoint_goes_on_with_other_devices(slow, tmp_path):
     """And two devices give the losses of one."""
     runs.distil(slow(eval_batch_size=33), tmp_path / "whole")
@@ -197,6 +200,7 @@ def test_checkpoint_goes_on_with_other_devices(slow, tmp_path):
     assert tested[0]["loss"] == pytest.approx(tested[1]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_signal_to_one_process_stops_all_and_they_go_on_together(slow, tmp_path):
     config = slow(num_steps=40, eval_epochs=100.0, stream=True)  # each process reads its own rows
     runs.distil(config, tmp_path / "one")
@@ -214,6 +218,7 @@ def test_signal_to_one_process_stops_all_and_they_go_on_together(slow, tmp_path)
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "one"), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_error_of_the_first_process_is_everyones(slow, tmp_path):
     runs.distil(slow(num_steps=2), tmp_path / "run")
     started = start_two(slow(num_steps=3), tmp_path / "run")

@@ -99,7 +99,7 @@ def test_values_and_gradients_are_scikit_learns_in_float64(ranking, n):
 
 
 @both_forms
-@pytest.mark.parametrize("n", [5, 100, 1000, 4096])
+@pytest.mark.parametrize("n", [5, 100, 1000, SLOW(4096)])
 def test_float32_ranks_are_within_2e_6_n(ranking, n):
     x = rows(n, np.float32)
     g = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
@@ -421,6 +421,7 @@ SHARDED = """
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_batch_costs_no_communication():
     """In a child process with two CPU devices."""
     root = Path(__file__).resolve().parents[1]

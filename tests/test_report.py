@@ -165,6 +165,7 @@ def flags(tmp_path):
     return ["--scale", "smoke", "--seeds", "1", "--workdir", str(tmp_path / "w"), "--results", str(tmp_path / "r")]
 
 
+@pytest.mark.slow
 def test_interrupted_command_goes_on(flags, trainer, tmp_path, capsys):
     flags += ["--table", "4", "--methods", "cross_entropy", "kd"]
     trainer.errors["kd-seed0"] = SystemExit(143)

@@ -182,6 +182,7 @@ def test_what_smoke_tests_on_random_images_says_so(tmp_path):
         assert (result["dataset"], result["images"]) == ("random images", 16)
 
 
+@pytest.mark.slow
 def test_command_evaluates_a_run_without_its_config(tiny, tmp_path):
     runs.distil(tiny(num_steps=1), tmp_path)
     command = [sys.executable, str(ROOT / "main.py"), "--mode=eval", f"--workdir={tmp_path}", "--config.num_test=7"]

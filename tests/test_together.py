@@ -62,7 +62,7 @@ def test_streamed_run_has_the_bits_of_the_resident_one(tiny, tmp_path):
     assert_same(network(tmp_path / "streamed"), network(tmp_path / "resident"))
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", [SLOW(False), True])
 def test_several_steps_a_call(tiny, tmp_path, stream, monkeypatch):
     fields = {"method": "ctkd", "learning_rate": 1e-3}
     train.train_and_evaluate(tiny(**fields), tmp_path / "one")
@@ -105,7 +105,7 @@ SWEEPS = {
 
 
 @same_bits
-@pytest.mark.parametrize("name", [SLOW("lambdas"), "methods", "seeds and rates"])
+@pytest.mark.parametrize("name", [SLOW("lambdas"), SLOW("methods"), "seeds and rates"])
 def test_students_of_one_program_end_as_runs_of_their_own(tiny, tmp_path, name):
     configs = SWEEPS[name](tiny)
     together = train.train_together([(config, tmp_path / f"together{i}") for i, config in enumerate(configs)])
@@ -119,6 +119,7 @@ def test_students_of_one_program_end_as_runs_of_their_own(tiny, tmp_path, name):
 
 
 @same_bits
+@pytest.mark.slow
 def test_interrupted_at_different_steps_they_go_on(tiny, tmp_path):
     """One finished, two at the same step, one not begun: all end as if never stopped."""
     lams = (0.1, 1.0, 5.0, 10.0)

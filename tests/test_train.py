@@ -409,6 +409,7 @@ def test_workdir_that_holds_something_else_is_refused(tiny, finished, small_teac
     assert run_folder.claim(workdir, {})
 
 
+@pytest.mark.slow
 def test_a_workdir_in_which_another_process_trains_is_left_alone(tiny, tmp_path):
     config = tiny(checkpoint_seconds=0.0, num_steps=30)
     process = start(config, tmp_path / "run")
@@ -789,6 +790,7 @@ def test_an_error_as_a_module_is_imported_has_its_line(tmp_path, monkeypatch, ca
     assert place == "(in broken_module.py, line 3: x = jnp.no_such_thing)"
 
 
+@pytest.mark.slow
 def test_main_names_the_line_in_code_of_ones_own(tmp_path):
     (tmp_path / "buggy.py").write_text(BUGGY.replace("LABEL", "student.logit.mean()"))
     flags = [f"--config.{side}=small_network:create" for side in ("student", "teacher")]
