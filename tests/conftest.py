@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib.metadata
 import os
 import tempfile
 import urllib.error
@@ -14,7 +15,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # XLA compiles in half the time and runs slower. XLA_FLAGS="" in the environment: its default, as users have it.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# From JAX 0.12 on, there are fusion emitters alone, and no flag for them.
+EMITTERS = tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 12)
+FAST_FLAGS = "--xla_backend_optimization_level=0" + EMITTERS * " --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", FAST_FLAGS)
 os.environ["PYTHONPATH"] = os.pathsep.join(  # child processes find tests/small_network.py too
     filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
 )
@@ -29,20 +33,12 @@ from rkd_jax import checkpoint, data, models, train
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def known(**options):
-    """The compiler's options, where this version of it has them: from JAX 0.12 on, there are fusion emitters alone."""
-    try:
-        jax.jit(lambda x: x, compiler_options=options)(0)
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return options
-
-
-# Of jax.jit, for programs that run once or twice. With the first alone, what two programs both compute has the same
-# bits in both; with the second too, it has where they are one program.
-SAME_BITS = {"xla_backend_optimization_level": 0}
-FAST_COMPILE = SAME_BITS | known(xla_cpu_use_fusion_emitters=False)
-FAST_FLAGS = " ".join(f"--{name}={value}" for name, value in FAST_COMPILE.items())  # the same, as XLA_FLAGS
+# Of jax.jit, for programs that run once or twice. With the first, what two programs both compute has the same bits in
+# both; with the second, it has where they are one program.
+SAME_BITS, FAST_COMPILE = (
+    {"xla_backend_optimization_level": 0} | ({"xla_cpu_use_fusion_emitters": used} if EMITTERS else {})
+    for used in (True, False)
+)
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)  # of a test that other cases run too: `pytest -m slow`
 REAL = ROOT.parent / "shared" / "data"  # real data, where this machine has it
 

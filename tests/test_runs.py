@@ -198,6 +198,7 @@ def test_weights_to_begin_with_are_the_last_students_alone(resnets):
     assert [link.student_checkpoint for link in runs.chain(config)] == ["", "somewhere"]
 
 
+@pytest.mark.slow
 def test_takd_goes_through_its_assistants(resnets, tmp_path):
     summary = runs.distil(resnets(method="takd", assistant="resnet14", num_steps=2), tmp_path / "run")
     link = json.loads((tmp_path / "run" / "assistants" / "resnet14" / "summary.json").read_text())["config"]

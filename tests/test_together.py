@@ -167,6 +167,7 @@ def test_what_they_have_to_share_is_named(tiny, tmp_path, changes, message):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_sweep_from_the_config(tiny, tmp_path, capsys):
     config = tiny(sweep="beta=0.1,5 student=resnet8,resnet14", num_steps=2)
     rows = runs.sweep(config, tmp_path / "sweep")

@@ -480,6 +480,7 @@ def test_a_state_of_other_arrays_is_no_damaged_one(tiny, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_damaged_stops_before_it_starts_anew(tiny, tmp_path, monkeypatch):
     members = [(tiny(num_steps=4, learning_rate=rate), tmp_path / name) for rate, name in ((0.01, "a"), (0.02, "b"))]
     with monkeypatch.context() as patch:
