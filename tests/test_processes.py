@@ -73,6 +73,7 @@ def losses(workdir):
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(slow, tmp_path):
     runs.distil(slow(), tmp_path / "one")
     outputs = finish(*start_two(slow(), tmp_path / "processes"))

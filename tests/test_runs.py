@@ -143,6 +143,7 @@ def test_evaluation_names_the_field_and_says_what_it_cannot_write(resnets, teach
         runs.compare(resnets(compare=True, teacher_checkpoint=str(tmp_path / "network")), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_evaluation_without_a_config_takes_that_of_each_run(tiny, teacher, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 9, 11), np.uint8)
     write_images(tmp_path / "images", pixels, np.arange(40) % 3)

@@ -77,7 +77,8 @@ def test_step_compiles_once_and_counts(tiny):
 
 
 @pytest.mark.usefixtures("fast_compile")
-@pytest.mark.parametrize("one_batch", [SLOW(False), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("one_batch", [False, True])
 def test_a_method_resumes_the_networks_of_this_step(two_stages, monkeypatch, one_batch):
     """From its own map the student makes the same logits, by the same batch statistics, which it leaves alone; the
     teacher's running averages are not those of the batch; a gradient reaches what lies behind the map."""
