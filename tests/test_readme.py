@@ -119,6 +119,7 @@ def test_speeds_of_the_training_step_are_those_of_results():
     found = json.loads((ROOT / "results" / "train_step_cpu.json").read_text())
     page = (ROOT / "docs" / "speed.md").read_text()
     assert train_step.table(found) in page
+    assert train_step.table(json.loads((ROOT / "results" / "train_step_cpu_avx2.json").read_text())) in page
     for value in found["resnet56-resnet20"]["extras"]["ratio"].values():
         assert f"{value:.2f}" in page
     for pair in ("resnet56-resnet20", "resnet32x4-resnet8x4"):
