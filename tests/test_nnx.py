@@ -204,6 +204,7 @@ def test_class_that_passes_its_rngs_on(digits):
     assert model.apply(experiment.untrained(model, digits.shape[1:]), digits).logits.shape == (6, 10)
 
 
+@pytest.mark.slow
 def test_teacher_and_student_train_and_go_on(tiny, tmp_path, stopped):
     alone = {"method": "cross_entropy", "teacher": "", "teacher_checkpoint": ""}
     runs.distil(tiny(student="test_nnx:Listed", num_steps=2, **alone), tmp_path / "teacher")
