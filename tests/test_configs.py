@@ -10,7 +10,7 @@ from conftest import ROOT, SLOW
 from configs import default
 from rkd_jax import experiment, methods, steps, train
 
-# Of the networks of each family, and of each data set.
+# The steps of the others are traced with -m slow.
 TRACED = (
     "default", "digits", "cifar100_res32x4_res8x4", "cifar100_wrn40_2_sv1", "cifar100_vgg13_mv2", "cifar100_resnet20",
 )  # fmt: skip

@@ -739,7 +739,7 @@ def terms_of(method, student, teacher, side):
 
 
 # Their networks' maps are as others' of the same families.
-ALONE = ("cifar100_res32x4_res8x4", "tinyimagenet_res18_mv2")  # the others have maps like theirs
+ALONE = ("cifar100_res32x4_res8x4", "tinyimagenet_res18_mv2")  # the others with -m slow
 
 
 @pytest.mark.parametrize("pair", [pair if pair in ALONE else SLOW(pair) for pair in paper.PAIRS])
