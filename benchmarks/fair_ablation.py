@@ -15,8 +15,10 @@ import json
 import statistics
 from pathlib import Path
 
+import jax
+
 from configs import cifar100_res56_res20
-from rkd_jax import _files, _flags, _memory, losses, provenance, train
+from rkd_jax import _devices, _files, _flags, _memory, losses, provenance, train
 from rkd_jax.methods import base
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,14 +74,20 @@ def main():
     parser.add_argument("--epochs", type=_flags.positive, default=6)
     parser.add_argument("--num_train", type=_flags.positive, default=10_000)
     parser.add_argument("--views", choices=("weak", "strong", "both"), default="both")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     flags = parser.parse_args()
     _memory.keep()
+    _devices.start()
 
     shared = cifar100_res56_res20.get_config()
     shared.update(student=flags.student, teacher_checkpoint=flags.teacher_checkpoint, num_train=flags.num_train)
     # The paper's schedule in small: the rate falls after 1/2, 6/10 and 7/10 of the epochs.
     shared.update(num_epochs=flags.epochs, decay_epochs=tuple(flags.epochs * part for part in (0.5, 0.6, 0.7)))
     shared.update(views=flags.views, data_seed=0, eval_epochs=flags.epochs / 4, checkpoint_seconds=120.0, log_every=26)
+    shared.dtype = flags.dtype
+    if jax.default_backend() != "cpu":  # as in `rkd_jax.report.campaign`: an epoch a call
+        steps = flags.num_train // shared.batch_size
+        shared.update(log_every=steps, steps_per_call=steps, eval_epochs=1.0, eval_batch_size=2500)
     members, folders = [], {}
     for name in flags.losses:
         for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
