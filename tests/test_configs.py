@@ -1,6 +1,7 @@
 """Every config builds its networks and method, and trains and evaluates, at smoke size."""
 
 import importlib.util
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -52,6 +53,14 @@ def test_config_builds(path):
         assert "python main.py" in text
         if path.stem != "digits":
             assert f"--config configs/{path.relative_to(ROOT / 'configs')}" in text
+
+
+def test_pairs_take_the_teacher_that_the_repository_has():
+    for path in (ROOT / "configs").glob("cifar100_*.py"):
+        config = load(path).get_config()
+        folder = ROOT / "teachers" / config.teacher
+        assert Path(config.teacher_checkpoint).resolve() == folder if folder.exists() else not config.teacher_checkpoint
+    assert (ROOT / "teachers" / "resnet32x4").is_dir()
 
 
 @pytest.mark.parametrize("path", [path if path.stem in TRACED else SLOW(path) for path in CONFIGS], ids=names(CONFIGS))

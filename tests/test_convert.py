@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SLOW
+from conftest import ROOT, SLOW
 
-from rkd_jax import checkpoint, convert, models, torch_file
+from rkd_jax import checkpoint, convert, data, evaluate, models, torch_file
 from rkd_jax.data import cifar100
 
 torch = pytest.importorskip("torch")
@@ -520,3 +520,20 @@ def test_real_resnet56(real, tmp_path, capsys):
     with torch.no_grad():
         reference = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))[0].numpy()
     np.testing.assert_allclose(logits, reference, rtol=0, atol=1e-5 * np.abs(reference).max())
+
+
+def test_shipped_resnet32x4(real):
+    """The repository's teacher, as PyTorch's: the same logits of real test images, and about its stated accuracy."""
+    path, splits = ROOT / "teachers" / "resnet32x4", data.load("cifar100", str(real / "tfds"), num_test=200)
+    restored = evaluate.restore(path, (32, 32, 3), splits)
+    state = convert.to_torch(restored.variables, "resnet32x4", 100)
+    network = torch_networks.create("resnet32x4", 100).eval()
+    network.load_state_dict({key: torch.from_numpy(np.array(array)) for key, array in state.items()}, strict=True)
+    mean, std = (np.float32(restored.metadata[key]) for key in ("mean", "std"))
+    images = (splits.test.images / np.float32(255) - mean) / std
+    with torch.no_grad():
+        reference = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))[0].numpy()
+    logits = jax.jit(restored)(splits.test.images).logits
+    np.testing.assert_allclose(logits, reference, rtol=0, atol=1e-4 * np.abs(reference).max())
+    accuracy = 100 * (reference.argmax(-1) == splits.test.labels).mean()
+    assert abs(accuracy - restored.metadata["top1"]) < 3 * 100 * np.sqrt(0.8 * 0.2 / 200)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from rkd_jax import data, methods
 from rkd_jax.report import cells, paper, run, tables
@@ -120,6 +121,9 @@ def test_given_teacher_is_found_and_not_trained(teacher, tmp_path):
     assert planned[0].given == tmp_path / "resnet32x4" / "best"
     assert planned[2].config.teacher_checkpoint == str(planned[0].given)
     assert all(each.given is None for each in run.plan(cells.select([4], 1), "smoke", Path("w"), tmp_path))
+    shipped = ROOT / "teachers"
+    for folders, found in (((tmp_path, shipped), planned[0].given), ((Path("none"), shipped), shipped / "resnet32x4")):
+        assert run.plan(cells.select([4], 1), "full", Path("w"), *folders)[0].given == found
 
 
 def result(best, last, device="toaster", teacher="f1"):

@@ -189,12 +189,15 @@ class Campaign:
 
     # Doing it.
 
-    def slice(self) -> None:
-        """Works through the list until the minutes are over; a data set that is not there is said before it begins."""
+    def check_data(self) -> None:
+        """Loads the open items' data sets, or says that one is not there; takes no device: benchmarks need it whole."""
         for cell in {cell.pair: cell for item in self.open_items() for cell in item.members}.values():
             config = cells.configure(cell, self._cells_scale)
             config.data_dir = self._data_dir
-            experiment.load_splits(experiment.Fields(config.to_dict()))  # takes no device: benchmarks need it whole
+            experiment.load_splits(experiment.Fields(config.to_dict()))
+
+    def slice(self) -> None:
+        """Works through the list until the minutes are over."""
         self._whole = self.left()
         stopper = threading.Timer(max(self.left(), 0.1), os.kill, (os.getpid(), signal.SIGTERM))
         stopper.daemon = True
@@ -439,7 +442,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="of this slice; 0 unpacks and says what is next")
     parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="smoke: a rehearsal of minutes on a CPU")
     parser.add_argument("--data_dir", default="", help="as config.data_dir; smoke without it: random images")
-    parser.add_argument("--teachers", type=Path, help="it holds teachers that need not be trained: NAME or NAME/best")
+    parser.add_argument(
+        "--teachers", type=Path, nargs="+", default=[ROOT / "teachers"], metavar="DIR",
+        help="they hold teachers that need not be trained, as DIR/NAME or DIR/NAME/best; default: the repository's",
+    )  # fmt: skip
     parser.add_argument("--items", nargs="+", default=(), metavar="ITEM", help="of the list these alone")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--state_mib", type=int, default=64, help="warn where DIR/state takes more")
@@ -455,8 +461,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         campaign = Campaign(
             flags.out, flags.scale, flags.minutes, data_dir, flags.dtype, flags.state_mib << 20, flags.items
         )
-        if flags.teachers:
-            campaign.given(_take_teachers(flags.teachers, flags.out / "teachers", flags.scale))
+        if flags.minutes > 0:
+            campaign.check_data()
+        for folder in flags.teachers:
+            campaign.given(_take_teachers(folder, flags.out / "teachers", flags.scale))
         if flags.minutes > 0:
             campaign.slice()
         else:

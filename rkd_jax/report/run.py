@@ -41,8 +41,9 @@ class Run(NamedTuple):
         return pair, seed, self.name if alone else ""
 
 
-def plan(chosen: Iterable[cells.Cell], scale: str, workdir: Path, teachers: Path) -> list[Run]:
-    """The runs of some cells, the teachers' first; cells with the same config share one.
+def plan(chosen: Iterable[cells.Cell], scale: str, workdir: Path, *teachers: Path) -> list[Run]:
+    """The runs of some cells, the teachers' first; cells with the same config share one. `teachers`: folders that may
+    hold some.
 
     That happens where pairs have one teacher, or one student alone, in common, and everywhere in a toy.
     """
@@ -56,7 +57,7 @@ def plan(chosen: Iterable[cells.Cell], scale: str, workdir: Path, teachers: Path
         if name not in found:
             given = None
             if cell.name == "teacher" and cells.SCALES[scale].toy is None:
-                given = find(teachers, config.student)
+                given = next(filter(None, (find(folder, config.student) for folder in teachers)), None)
             found[name] = Run(name, workdir / scale / name, config, [], given)
         if cell not in found[name].cells:
             found[name].cells.append(cell)
@@ -200,8 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=(), metavar="PAIR", help="pairs by their configs' names")
     parser.add_argument("--methods", nargs="+", default=(), metavar="METHOD", help="these methods alone, or teacher")
     parser.add_argument(
-        "--teachers", type=Path, default="runs/teachers", help="NAME or NAME/best; default: runs/teachers"
-    )
+        "--teachers", type=Path, nargs="+", default=[Path("runs/teachers"), Path("teachers")], metavar="DIR",
+        help="where a teacher is looked for, as DIR/NAME or DIR/NAME/best; default: runs/teachers, then teachers",
+    )  # fmt: skip
     parser.add_argument(
         "--workdir", type=Path, default="runs/report", help="where the runs are kept; default: runs/report"
     )
@@ -211,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.WARNING)
     with _flags.one_sentence(flags):
         chosen = cells.select(table_numbers(flags.table), flags.seeds, flags.only, flags.methods)
-        planned = plan(chosen, flags.scale, flags.workdir, flags.teachers)
+        planned = plan(chosen, flags.scale, flags.workdir, *flags.teachers)
         todo = missing(planned, flags.results, flags.scale)
         print(describe(planned, todo, flags.scale), flush=True)
         if flags.dry_run:
