@@ -98,6 +98,24 @@ def test_measured_row_of_the_readme_is_that_of_results():
     assert f"| {found['best']['top1']:.2f} %, best epoch; {found['last']['top1']:.2f} %, last " in README
 
 
+def test_teacher_of_the_docs_is_the_one_that_is_there():
+    results = ROOT / "results"
+    run = json.loads((results / "teacher_resnet32x4.json").read_text())
+    cell = json.loads((results / "tables" / "full" / "cifar100_res32x4_res8x4" / "teacher-seed0.json").read_text())
+    metadata = json.loads((ROOT / "teachers" / "resnet32x4" / "metadata.json").read_text())
+    best, last = f"{run['best']['top1']:.2f}", f"{run['last']['top1']:.2f}"
+    assert {f"{top1:.2f}" for top1 in (metadata["top1"], metadata["trained"]["top1"], cell["best"]["top1"])} == {best}
+    assert f"| {best} %, best epoch; {last} %, last | 79.42 %" in README
+    page = (ROOT / "docs" / "findings.md").read_text()
+    mean = run["mean_of_the_last_20_tests"]
+    assert f"{best}, best epoch (218); {last}, last (225); {mean:.2f}, mean of the last twenty" in page
+    lines = map(json.loads, (results / "curves" / "teacher-resnet32x4.jsonl").open())
+    tests = [line for line in lines if line["kind"] == "test"]
+    assert max(tests, key=lambda line: line["top1"])["step"] == run["best"]["step"] == metadata["step"] == 218 * 781
+    assert round(statistics.mean(line["top1"] for line in tests[-20:]), 3) == mean
+    assert (tests[-1]["top1"], tests[-1]["epoch"]) == (run["last"]["top1"], 225)
+
+
 def test_views_of_the_docs_are_those_of_results():
     from benchmarks import on_views
 
