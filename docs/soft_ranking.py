@@ -1,9 +1,9 @@
-"""The pictures and numbers of soft_ranking.md, from a teacher's logits on a test set.
+"""The pictures and numbers of soft_ranking.md, from a teacher's logits on CIFAR-100's test images.
 
-    python -m docs.soft_ranking --checkpoint cifar100_resnet56.pt --data_dir ~/tensorflow_datasets
+    python -m docs.soft_ranking --teacher runs/teachers/resnet56
 
-writes images/soft_ranks.png, images/blocks.png and images/soft_ranking.json beside this file, and with --rows=FILE.npz
-the logits of the first 64 images, which tests/test_ranking.py uses. matplotlib is needed.
+writes soft_ranks.png, blocks.png and soft_ranking.json into images/ beside this file, or into --output, and with
+--rows=FILE.npz the logits of the first 64 images, which tests/test_ranking.py uses. matplotlib is needed.
 """
 
 import argparse
@@ -11,10 +11,9 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rkd_jax import convert, data, models, ranking
+from rkd_jax import data, evaluate, ranking
 
 IMAGES = Path(__file__).parent / "images"
 STRENGTHS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.01, 0.003, 0.001)
@@ -23,39 +22,29 @@ STRENGTHS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.01, 0.003, 0.001)
 def main():
     """Logits, numbers, pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="the teacher, in PyTorch's format")
-    parser.add_argument("--model", default="resnet56")
-    parser.add_argument("--dataset", default="cifar100")
+    parser.add_argument("--teacher", required=True, help="its folder")
     parser.add_argument("--data_dir", default="", help="TFDS's folder")
-    parser.add_argument("--normalisation", default="pytorch-cifar-models", choices=convert.NORMALISATION)
+    parser.add_argument("--output", type=Path, default=IMAGES, help="where the pictures and numbers go")
     parser.add_argument("--rows", type=Path, help="where to write 64 rows of logits")
     flags = parser.parse_args()
-    logits, labels = predict(flags)
+    splits = data.load("cifar100", flags.data_dir)
+    restored = evaluate.restore(flags.teacher, splits.test.images.shape[1:], splits, "--teacher")
+    logits, labels = predict(restored, splits.test.images), splits.test.labels
     found = measure(logits, labels)
-    IMAGES.mkdir(exist_ok=True)
-    about = {"model": flags.model, "dataset": flags.dataset, "images": len(logits)}
-    (IMAGES / "soft_ranking.json").write_text(json.dumps(about | found, indent=1) + "\n")
+    flags.output.mkdir(exist_ok=True)
+    about = {"model": restored.metadata["network"], "dataset": "cifar100", "images": len(logits)}
+    (flags.output / "soft_ranking.json").write_text(json.dumps(about | found, indent=1) + "\n")
     print(json.dumps(about | found, indent=1))
-    draw_ranks(logits[0])
-    draw_blocks(found["by_eps"])
+    draw_ranks(logits[0], flags.output)
+    draw_blocks(found["by_eps"], flags.output)
     if flags.rows:
         np.savez_compressed(flags.rows, logits=logits[:64].astype(np.float32), labels=labels[:64].astype(np.int32))
 
 
-def predict(flags):
-    """The teacher's logits [N, C] and the labels [N] of the test set."""
-    splits = data.load(flags.dataset, data_dir=flags.data_dir)
-    network = models.create(flags.model, splits.num_classes)
-    variables = convert.from_torch(flags.checkpoint, flags.model, splits.num_classes)
-    mean, std = (jnp.asarray(x, jnp.float32) for x in convert.NORMALISATION[flags.normalisation])
-
-    @jax.jit
-    def apply(images):
-        return network.apply(variables, (images / jnp.float32(255) - mean) / std, train=False).logits
-
-    images = splits.test.images
-    logits = [np.asarray(apply(jnp.asarray(images[i : i + 500]))) for i in range(0, len(images), 500)]
-    return np.concatenate(logits), np.asarray(splits.test.labels)
+def predict(network, images):
+    """The logits [N, C] of uint8 images."""
+    logits = jax.jit(lambda images: network(images).logits)
+    return np.concatenate([logits(images[i : i + 500]) for i in range(0, len(images), 500)])
 
 
 def measure(logits, labels):
@@ -85,7 +74,7 @@ def ranking_begins(logits):
     return np.max(2 * top / (k * (logits.shape[-1] - k)), axis=-1)
 
 
-def draw_ranks(row):
+def draw_ranks(row, folder):
     """Ranks against logits of one image."""
     import matplotlib.pyplot as plt
 
@@ -96,10 +85,10 @@ def draw_ranks(row):
         axis.set(title=f"eps = {eps:g}: {int(ranking.num_blocks(row, eps))} block(s)", xlabel="logit")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("soft rank")
-    save(figure, "soft_ranks.png")
+    save(figure, folder / "soft_ranks.png")
 
 
-def draw_blocks(by_eps):
+def draw_blocks(by_eps, folder):
     """Number of blocks, and how many rows are one block, against eps."""
     import matplotlib.pyplot as plt
 
@@ -115,13 +104,13 @@ def draw_blocks(by_eps):
     for axis in (left, right):
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
-    save(figure, "blocks.png")
+    save(figure, folder / "blocks.png")
 
 
-def save(figure, name):
+def save(figure, path):
     """A small picture."""
     figure.tight_layout()
-    figure.savefig(IMAGES / name, dpi=90)
+    figure.savefig(path, dpi=90)
 
 
 if __name__ == "__main__":

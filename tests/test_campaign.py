@@ -346,7 +346,7 @@ def test_absent_data_is_said_before_the_first_benchmark(tmp_path, monkeypatch, o
 def test_nothing_done_yet(tmp_path, capsys):
     campaign.main(["--out", str(tmp_path), "--minutes", "0"])
     text = capsys.readouterr().out
-    assert "0 of 16 items are done\nnext: soft_rank, about 0:03:20\n" in text
+    assert "0 of 17 items are done\nnext: soft_rank, about 0:03:20\n" in text
     assert "then: headline, time unknown" in text
 
 
@@ -358,7 +358,7 @@ def test_chosen_items_alone_in_the_lists_order(tmp_path, capsys):
     notes = {"scale": "full", "items": {"soft_rank": {"state": "done"}}}
     (tmp_path / "campaign.json").write_text(json.dumps(notes))
     campaign.main(["--out", str(tmp_path), "--minutes", "0", "--items", "soft_rank"])
-    assert capsys.readouterr().out == "1 of 16 items are done\nnothing is left of the chosen items\n"
+    assert capsys.readouterr().out == "1 of 17 items are done\nnothing is left of the chosen items\n"
     with pytest.raises(SystemExit, match=r"Error: --items: 'kd' is not in the list; it has soft_rank, "):
         campaign.main(["--out", str(tmp_path), "--minutes", "0", "--items", "kd"])
 

@@ -524,7 +524,7 @@ def test_real_resnet56(real, tmp_path, capsys):
 
 def test_shipped_resnet32x4(real):
     """The repository's teacher, as PyTorch's: the same logits of real test images, and about its stated accuracy."""
-    path, splits = ROOT / "teachers" / "resnet32x4", data.load("cifar100", str(real / "tfds"), num_test=200)
+    path, splits = ROOT / "teachers" / "resnet32x4", data.load("cifar100", str(real / "tfds"), num_test=100)
     restored = evaluate.restore(path, (32, 32, 3), splits)
     state = convert.to_torch(restored.variables, "resnet32x4", 100)
     network = torch_networks.create("resnet32x4", 100).eval()
@@ -533,7 +533,7 @@ def test_shipped_resnet32x4(real):
     images = (splits.test.images / np.float32(255) - mean) / std
     with torch.no_grad():
         reference = network(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))[0].numpy()
-    logits = jax.jit(restored)(splits.test.images).logits
-    np.testing.assert_allclose(logits, reference, rtol=0, atol=1e-4 * np.abs(reference).max())
+    logits = jax.jit(restored)(splits.test.images[:8]).logits
+    np.testing.assert_allclose(logits, reference[:8], rtol=0, atol=1e-4 * np.abs(reference).max())
     accuracy = 100 * (reference.argmax(-1) == splits.test.labels).mean()
-    assert abs(accuracy - restored.metadata["top1"]) < 3 * 100 * np.sqrt(0.8 * 0.2 / 200)
+    assert abs(accuracy - restored.metadata["top1"]) < 3 * 100 * np.sqrt(0.8 * 0.2 / 100)

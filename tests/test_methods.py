@@ -800,7 +800,8 @@ def test_the_documentation_is_up_to_date(capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "fields"), [case for case in CASES if not methods.create(case[0], **case[1]).joint_views]
+    ("name", "fields"),
+    [SLOW(*case) if case in VARIANTS else case for case in CASES if not methods.create(case[0], **case[1]).joint_views],
 )
 def test_views_at_once_are_views_in_turn(name, fields):
     """As on a GPU, where a method without a state takes all views by vmap."""

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SLOW
 from PIL import Image
 from test_methods import MINE
 
@@ -108,22 +108,20 @@ def test_field_of_ones_own_method_in_comparisons_sweeps_and_within_dot(tiny, tmp
         experiment.build(members[0][1])
 
 
-def test_one_folder_is_of_one_kind(tiny, tmp_path):
+@pytest.mark.parametrize("kind", [SLOW("one run"), "a sweep", SLOW("a comparison")])
+def test_one_folder_is_of_one_kind(kind, tiny, tmp_path):
     kinds = {
         "one run": tiny(method="cross_entropy", num_steps=2),
         "a sweep": tiny(method="cross_entropy", num_steps=2, sweep="learning_rate=0.1"),
         "a comparison": tiny(teacher_checkpoint="", compare=True, num_steps=2),
     }
-    for kind, config in kinds.items():
-        folder = tmp_path / kind
-        runs.run(config, folder)
-        before = sorted(folder.rglob("*"))
-        for other, unlike in kinds.items():
-            if other != kind:
-                with pytest.raises(ValueError, match=rf"holds {kind}.*, and this is {other}.*; name another folder"):
-                    runs.run(unlike, folder)
-        assert sorted(folder.rglob("*")) == before
-        runs.run(config, folder)  # which is finished
+    runs.run(kinds[kind], tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for other in kinds.keys() - {kind}:
+        with pytest.raises(ValueError, match=rf"holds {kind}.*, and this is {other}.*; name another folder"):
+            runs.run(kinds[other], tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    runs.run(kinds[kind], tmp_path)  # which is finished
 
 
 def test_comparison_evaluates_a_given_teacher(tiny, tmp_path):
@@ -326,6 +324,7 @@ def test_training_and_evaluating_never_import_tensorflow(tiny, tmp_path):
     assert "top-1" in result.stdout
 
 
+@pytest.mark.slow
 def test_real_cifar100_trains_without_tensorflow(tiny, real, teacher, tmp_path):
     script = (
         "import sys; sys.modules['tensorflow'] = None\n"

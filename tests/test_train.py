@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SLOW
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -147,16 +147,17 @@ def wait_for_step(process, step):
     raise AssertionError(f"the run ended before step {step}")
 
 
-def test_run_killed_twice_ends_with_the_same_bits(tiny, finished, tmp_path):
+@pytest.mark.parametrize("killed_after", [(8,), SLOW((5, 4))], ids=["once", "twice"])
+def test_run_that_was_killed_ends_with_the_same_bits(killed_after, tiny, finished, tmp_path):
     workdir, _ = finished(tiny())
     config = tiny(checkpoint_seconds=0.0)  # after every step
-    for steps_done in (5, 4):
+    for steps_done in killed_after:
         process = start(config, tmp_path / "run")
         wait_for_step(process, steps_done)
         process.kill()
         process.wait()
     saved = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
-    assert 5 <= max(saved) < 12  # the second process went on where the first one was
+    assert 5 <= max(saved) < 12  # a second process went on where the first one was
     train.train_and_evaluate(config, tmp_path / "run")
     assert_same(network(workdir), network(tmp_path / "run"))
     assert_same(network(workdir, "best"), network(tmp_path / "run", "best"))
@@ -721,11 +722,11 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
             "config.method='ranking_alinment' is no method; did you mean 'ranking_alig",
         ),
         ("--config.lerning_rate=1", 'Did you mean "learning_rate"'),
-        ("--config.lam=much", "Error: --config.lam=much: "),
+        SLOW("--config.lam=much", "Error: --config.lam=much: "),
         ("--config.smoke=Foo", "Error: --config.smoke=Foo: not a boolean; write True or False"),
-        ("--mod=eval", "Error: Unknown command line flag 'mod'. Did you mean: mode ?"),
-        ("--config=configs/none.py", "configs/none.py"),
-        ("config.lam=1", "'config.lam=1' is no flag; write --config.FIELD=VALUE"),
+        SLOW("--mod=eval", "Error: Unknown command line flag 'mod'. Did you mean: mode ?"),
+        SLOW("--config=configs/none.py", "configs/none.py"),
+        SLOW("config.lam=1", "'config.lam=1' is no flag; write --config.FIELD=VALUE"),
     ],
 )
 def test_main_reports_a_users_error_in_one_sentence(tmp_path, flag, message):
@@ -737,7 +738,9 @@ def test_main_reports_a_users_error_in_one_sentence(tmp_path, flag, message):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("line", ['config.lam = "5"', "config.decay_epochs = 5", "config.seed = 1 / 0", "no_such()"])
+@pytest.mark.parametrize(
+    "line", ['config.lam = "5"', "config.seed = 1 / 0", SLOW("config.decay_epochs = 5"), SLOW("no_such()")]
+)
 def test_an_error_in_a_config_has_its_line(tmp_path, line):
     lines = ["from configs import default", "", "def get_config():", "    config = default.get_config()", f"    {line}"]
     (tmp_path / "own.py").write_text("\n".join([*lines, "    return config"]))
@@ -809,8 +812,8 @@ def test_main_names_the_line_in_code_of_ones_own(tmp_path):
     ("text", "message"),
     [
         ("def get_config(:\n    return 1\n", "own.py, line 1: invalid syntax"),
-        ("def get_config():\n    digits.get_config()\n", "returns nothing; end it with `return config`"),
-        (
+        SLOW("def get_config():\n    digits.get_config()\n", "returns nothing; end it with `return config`"),
+        SLOW(
             "def get_config():\n    config = digits.get_config()\n    config.metod = 'kd'\n    return config\n",
             "Key \"metod\" does not exist and cannot be added since the config is locked. Did you mean 'method'? (all",
         ),
