@@ -95,7 +95,8 @@ def main():
             config.update(seed=seed, **CHOICES[name])
             folders[name, seed] = flags.workdir / f"{name.replace(', ', '_').replace(' ', '=')}-seed{seed}"
             members.append((config, folders[name, seed]))
-    summaries = train.train_together(members)
+    with _flags.one_sentence(flags):
+        summaries = train.train_together(members)
 
     rows = {}
     for i, name in enumerate(flags.losses):

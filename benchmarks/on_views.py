@@ -28,13 +28,14 @@ def main():
     parser.add_argument("--num_train", type=_flags.positive, default=5000, help="training images")
     parser.add_argument("--output", type=Path, default=Path("results/on_views.json"))
     flags = parser.parse_args()
-    splits = data.load("cifar100", flags.data_dir)
+    with _flags.one_sentence(flags):
+        splits = data.load("cifar100", flags.data_dir)
+        student, teacher = (
+            evaluate.restore(path, splits.test.images.shape[1:], splits, field=f"--{name}")
+            for name, path in (("student", flags.student), ("teacher", flags.teacher))
+        )
     chosen = np.random.default_rng(0).choice(len(splits.train.labels), flags.num_train, replace=False)
     train, labels = splits.train.images[chosen], splits.train.labels[chosen]
-    student, teacher = (
-        evaluate.restore(path, train.shape[1:], splits, field=f"--{name}")
-        for name, path in (("student", flags.student), ("teacher", flags.teacher))
-    )
     found = {
         "test": compare(student, teacher, *splits.test),
         "training": compare(student, teacher, train, labels),

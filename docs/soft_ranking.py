@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from rkd_jax import data, evaluate, ranking
+from rkd_jax import _flags, data, evaluate, ranking
 
 IMAGES = Path(__file__).parent / "images"
 STRENGTHS = (1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.03, 0.01, 0.003, 0.001)
@@ -27,8 +27,9 @@ def main():
     parser.add_argument("--output", type=Path, default=IMAGES, help="where the pictures and numbers go")
     parser.add_argument("--rows", type=Path, help="where to write 64 rows of logits")
     flags = parser.parse_args()
-    splits = data.load("cifar100", flags.data_dir)
-    restored = evaluate.restore(flags.teacher, splits.test.images.shape[1:], splits, "--teacher")
+    with _flags.one_sentence(flags):
+        splits = data.load("cifar100", flags.data_dir)
+        restored = evaluate.restore(flags.teacher, splits.test.images.shape[1:], splits, "--teacher")
     logits, labels = predict(restored, splits.test.images), splits.test.labels
     found = measure(logits, labels)
     flags.output.mkdir(exist_ok=True)
