@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import default
-from rkd_jax import checkpoint, data, models, train
+from rkd_jax import checkpoint, data, models, steps, train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,6 +97,13 @@ def fast_compile(monkeypatch):
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=FAST_COMPILE))
     jax.devices()  # XLA reads its flags once: this process has its own
     monkeypatch.setenv("XLA_FLAGS", FAST_FLAGS)
+
+
+@pytest.fixture
+def mirrored(monkeypatch):
+    """Views that compile at once: the images as they are for "weak", and mirrored for "strong"."""
+    views = {"weak": lambda x: x, "strong": lambda x: x[:, :, ::-1]}
+    monkeypatch.setattr(steps.augment, "view", lambda name, rng, images, **options: views[name](images))
 
 
 @pytest.fixture

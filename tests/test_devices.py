@@ -8,7 +8,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SLOW
 
 from rkd_jax import _devices, evaluate, steps, train
 from rkd_jax.methods import cross_entropy
@@ -94,8 +94,8 @@ def test_test_batch_too_large_for_the_device(tiny, small_teacher, monkeypatch):
     [
         ["main.py", "--config.compare=False", "--config.teacher_checkpoint=TEACHER", "--workdir=OUT"],
         ["main.py", "--mode=eval", "--workdir=TEACHER"],
-        ["-m", "rkd_jax.convert", "--checkpoint", "TEACHER", "--output", "OUT"],
-        ["-m", "rkd_jax.export", "TEACHER", "--output", "OUT"],
+        SLOW(["-m", "rkd_jax.convert", "--checkpoint", "TEACHER", "--output", "OUT"]),
+        SLOW(["-m", "rkd_jax.export", "TEACHER", "--output", "OUT"]),
     ],
     ids=lambda command: " ".join(command[:3]),
 )

@@ -94,6 +94,7 @@ def test_ranked_logits_orders_names_and_correlates(teacher, student, tmp_path):
     np.testing.assert_array_equal(drawn, [reference.logits[0][order], own.logits[0][order]])
 
 
+@pytest.mark.slow
 def test_logit_difference_figure(teacher, student, tmp_path):
     arguments = ["logit_difference", "--teacher", teacher, "--students", f"S={student}", f"T={teacher}"]
     draw(tmp_path, *arguments, "--num_images", 40)

@@ -52,10 +52,11 @@ PUBLISHED = {  # parameters at 100 classes, MMACs at 32x32, embedding, features
     "ShuffleV2": (1_355_528, 44.5, 1024, "24@32 116@16 232@8 464@4"),
 }
 # Every kind of block of every family; the other networks repeat them, under the same keys (tests/test_convert.py).
-INFERENCE = ("resnet8x4", "ResNet50", "wrn_16_2", "vgg13", "MobileNetV2", "MobileNetV2_64x64", "ShuffleV1", "ShuffleV2")
+INFERENCE = ("resnet8x4", "ResNet50", "wrn_16_2", "vgg13", "MobileNetV2", "ShuffleV1", "ShuffleV2")
+DEEP = ("resnet44", "resnet56", "resnet110", "wrn_40_1", "wrn_40_2")
 TRAINING = (
     "resnet8",
-    "wrn_16_1",
+    SLOW("wrn_16_1"),
     "vgg8",
     SLOW("MobileNetV2"),
     SLOW("MobileNetV2_64x64"),
@@ -109,7 +110,7 @@ def assert_outputs_close(outputs, theirs, tolerance):
     np.testing.assert_allclose(average, outputs.embedding, rtol=0, atol=1e-5 * np.abs(average).max())
 
 
-@pytest.mark.parametrize("name", [SLOW(name) if name == "resnet110" else name for name in PUBLISHED])
+@pytest.mark.parametrize("name", [SLOW(name) if name in DEEP else name for name in PUBLISHED])
 def test_figures_are_the_published(name):
     parameters, mmacs, embedding, features = PUBLISHED[name]
     row = table.describe(name.upper())
@@ -133,7 +134,9 @@ def test_figures_at_64_are_the_published(name, found, parameters):
     assert (row.name, row.parameters) == (found, parameters)
 
 
-@pytest.mark.parametrize(("name", "side"), [*((name, None) for name in INFERENCE), ("vgg8", 64)])
+@pytest.mark.parametrize(
+    ("name", "side"), [*((name, None) for name in INFERENCE), ("vgg8", 64), SLOW("MobileNetV2_64x64", None)]
+)
 def test_inference_equals_pytorch(name, side):
     network, images = torch_network(name).eval(), images_for(name, 2, side)
     variables = convert.from_torch(network.state_dict(), name, 10)
@@ -206,7 +209,7 @@ def hundredth(shape):
     ("name", "convolutions", "linear"),
     [
         ("resnet8", he, torch_default),
-        ("wrn_16_1", he, torch_default),
+        SLOW("wrn_16_1", he, torch_default),
         ("vgg8", he, hundredth),
         SLOW("MobileNetV2", he, hundredth),
         SLOW("MobileNetV2_64x64", torch_default, torch_default),

@@ -141,6 +141,7 @@ def test_processes_stop_between_two_logs(slow, tmp_path):
     assert 100 < saved[0] < 200
 
 
+@pytest.mark.slow
 def test_batch_that_does_not_divide_among_the_devices(slow, tmp_path):
     process = start(slow(batch_size=9), tmp_path / "odd", devices=2)
     assert "config.batch_size=9 does not divide among 2 devices; take a multiple of 2" in process.communicate()[1]

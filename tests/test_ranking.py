@@ -83,7 +83,7 @@ def value_and_vjp(ranking):
 
 
 @both_forms
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("n", [SLOW(n) if n == 1000 else n for n in SIZES])
 def test_values_and_gradients_are_scikit_learns_in_float64(ranking, n):
     x = rows(n)
     g = np.random.default_rng(1).normal(size=x.shape)

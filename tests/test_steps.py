@@ -151,7 +151,7 @@ def test_teacher_sees_the_same_view_with_its_own_normalisation(tiny):
     np.testing.assert_allclose(metrics["teacher"], expected, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("fast_compile")
+@pytest.mark.usefixtures("fast_compile", "mirrored")
 def test_terms_are_summed_or_averaged_over_the_views(tiny):
     found = {}
     for reduction in ("sum", "mean"):
@@ -163,7 +163,7 @@ def test_terms_are_summed_or_averaged_over_the_views(tiny):
     np.testing.assert_allclose(found["sum"]["top1"], found["mean"]["top1"])
 
 
-@pytest.mark.usefixtures("fast_compile")
+@pytest.mark.usefixtures("fast_compile", "mirrored")
 def test_student_updates_its_batch_statistics_per_view(tiny):
     _, state, inputs, step = prepare(tiny(views="both", crop_padding=0, method="cross_entropy"))
     before = jax.device_get(state.batch_stats)
@@ -174,7 +174,7 @@ def test_student_updates_its_batch_statistics_per_view(tiny):
     assert min(change) > 0
 
 
-@pytest.mark.usefixtures("fast_compile")
+@pytest.mark.usefixtures("fast_compile", "mirrored")
 @pytest.mark.parametrize("method", ["ranking_alignment", SLOW("crld"), SLOW("crd")])  # crd has parameters and a state
 def test_views_in_one_batch_are_views_in_turn(tiny, method):
     config = tiny(views="both", method=method)
@@ -248,6 +248,7 @@ class Returns(base.Distiller):
         return self.make(losses.cross_entropy(student.logits, batch["label"]))
 
 
+@pytest.mark.usefixtures("mirrored")
 @pytest.mark.parametrize("one_batch", [SLOW(False), True])
 def test_what_a_loss_cannot_return_is_named(tiny, one_batch):
     run, state, inputs, _ = prepare(tiny(views="both"))

@@ -318,6 +318,7 @@ def test_folder_in_which_nothing_was_saved_is_left_free(tiny, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_run_goes_on_with_another_log_every(tiny, tmp_path, monkeypatch):
     evaluate, steps_seen = train.Student.evaluate, []
 
