@@ -15,10 +15,8 @@ import json
 import statistics
 from pathlib import Path
 
-import jax
-
 from configs import cifar100_res56_res20
-from rkd_jax import _devices, _files, _flags, _memory, losses, provenance, train
+from rkd_jax import _devices, _files, _flags, _memory, experiment, losses, provenance, train
 from rkd_jax.methods import base
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +75,8 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     flags = parser.parse_args()
     _memory.keep()
-    _devices.start()
+    with _flags.one_sentence(flags):
+        _devices.start()
 
     shared = cifar100_res56_res20.get_config()
     shared.update(student=flags.student, teacher_checkpoint=flags.teacher_checkpoint, num_train=flags.num_train)
@@ -85,9 +84,7 @@ def main():
     shared.update(num_epochs=flags.epochs, decay_epochs=tuple(flags.epochs * part for part in (0.5, 0.6, 0.7)))
     shared.update(views=flags.views, data_seed=0, eval_epochs=flags.epochs / 4, checkpoint_seconds=120.0, log_every=26)
     shared.dtype = flags.dtype
-    if jax.default_backend() != "cpu":  # as in `rkd_jax.report.campaign`: an epoch a call
-        steps = flags.num_train // shared.batch_size
-        shared.update(log_every=steps, steps_per_call=steps, eval_epochs=1.0, eval_batch_size=2500)
+    experiment.do_an_epoch_a_call(shared, flags.num_train // shared.batch_size)
     members, folders = [], {}
     for name in flags.losses:
         for seed in range(flags.first_seed, flags.first_seed + flags.seeds):

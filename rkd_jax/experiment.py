@@ -234,6 +234,17 @@ def _loop(fields: Fields, steps_per_epoch: int, num_steps: int) -> Loop:
     )
 
 
+def do_an_epoch_a_call(config: ConfigDict, steps: int) -> None:
+    """Has a config, of `steps` an epoch, done with an epoch a call where the device is no CPU.
+
+    All calls are then of one length, for tests come after whole epochs too, so that there is one program to compile,
+    and the host has little to do.
+    """
+    if jax.default_backend() != "cpu":
+        config.update(log_every=steps, steps_per_call=steps, eval_batch_size=2500)
+        config.eval_epochs = float(max(1, round(config.eval_epochs)))
+
+
 def data_fingerprint(splits: data.Splits) -> str:
     """Of all labels and up to 64 images of each split, as decoded, in hexadecimal."""
     digest = hashlib.sha256()

@@ -17,7 +17,7 @@ from conftest import ROOT
 from test_train import assert_same
 
 from configs import cifar100_res32x4_res8x4, default
-from rkd_jax import checkpoint, data, train
+from rkd_jax import checkpoint, data, experiment, train
 from rkd_jax.data import _prepared
 from rkd_jax.report import campaign, cells, pack, run, tables
 
@@ -375,6 +375,11 @@ def test_longer_item_does_what_the_shorter_one_has_not(tmp_path, monkeypatch):
     assert {each.config.steps_per_call for each in left} == {None}
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert {each.config.steps_per_call for each in made.plan(longer)} == {781}
+    short = default.get_config()
+    for given, wanted in ((0.25, 1), (1.5, 2), (10.0, 10)):  # no call ends within an epoch
+        short.eval_epochs = given
+        experiment.do_an_epoch_a_call(short, 78)
+        assert (short.eval_epochs, short.log_every, short.steps_per_call) == (wanted, 78, 78)
 
 
 def test_given_teachers_are_taken_once(teacher, tmp_path):

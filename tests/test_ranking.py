@@ -503,9 +503,9 @@ def test_the_documents_table_is_what_was_measured():
     found = json.loads((docs / "images" / "soft_ranking_resnet32x4.json").read_text())
     onset, blocks = found["ranking_begins_at_eps"], found["by_eps"]
     assert f"({100 * found['top1']:.2f} % top-1), " in text
-    assert f"it is {onset['p50']}, {onset['p1']} and {onset['p99']:.3f}: at eps = 1 all of its\nrows are one" in text
+    assert f"it is {onset['p50']}, {onset['p1']} and {onset['p99']:.3f}: at eps = 1 all of its rows are one" in text
     assert blocks["1.0"]["one_block_fraction"] == 1
-    assert f"at 0.1 it has {blocks['0.1']['mean_blocks']} blocks in the mean" in text
+    assert f"at\n0.1 it has {blocks['0.1']['mean_blocks']} blocks in the mean" in text
 
 
 # The rank scale.

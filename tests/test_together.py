@@ -62,7 +62,8 @@ def test_streamed_run_has_the_bits_of_the_resident_one(tiny, tmp_path):
     assert_same(network(tmp_path / "streamed"), network(tmp_path / "resident"))
 
 
-@pytest.mark.parametrize("stream", [SLOW(False), SLOW(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
 def test_several_steps_a_call(tiny, tmp_path, stream, monkeypatch):
     fields = {"method": "ctkd", "learning_rate": 1e-3}
     train.train_and_evaluate(tiny(**fields), tmp_path / "one")
