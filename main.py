@@ -45,7 +45,7 @@ def main(argv):
         name = os.path.splitext(name)[0] + ("-smoke" if CONFIG.value.get("smoke") else "")
         workdir = os.path.expanduser(WORKDIR.value or os.path.join("runs", name))
         if MODE.value == "train":
-            runs.run(CONFIG.value, workdir)
+            runs.run(CONFIG.value, workdir, config_flags.get_override_values(FLAGS["config"]))
         else:
             changes = None if NAMED else config_flags.get_override_values(FLAGS["config"])
             evaluate.run(CONFIG.value, workdir, changes)

@@ -276,8 +276,7 @@ def _optimization(
 ) -> tuple[optax.Schedule, optax.GradientTransformation, set[str]]:
     """The schedule, the optimizer, and the fields about them that these two do not use."""
     name, optimizer = fields.one_of("schedule", optim.SCHEDULES), fields.optimizer
-    used = {*optim.taken(optimizer), *(STEP_OPTIONS if name == "step" else ())}
-    unused = {field: value for field, value in OFF.items() if field not in used}
+    unused = _unused(optimizer, name)
     fields.fill(unused)  # which are None in a run's config.json
     numbers = (isinstance(epoch, int | float) and not isinstance(epoch, bool) for epoch in fields.decay_epochs)
     if not all(numbers) or not all(0 < epoch < math.inf for epoch in fields.decay_epochs):
@@ -293,6 +292,25 @@ def _optimization(
         "weight_decay": fields.at_least("weight_decay", 0),
     }
     return schedule, optim.create_optimizer(optimizer, schedule, **options), {*unused}
+
+
+def _unused(optimizer: str, schedule: str) -> dict[str, Any]:
+    """The fields that an optimizer and a schedule do not take, with the values that do nothing."""
+    used = {*optim.taken(optimizer), *(STEP_OPTIONS if schedule == "step" else ())}
+    return {field: value for field, value in OFF.items() if field not in used}
+
+
+def check_used(configs: Sequence[ConfigDict], given: Iterable[str]) -> None:
+    """ValueError where a field that was given by hand does nothing with any config's optimizer and schedule."""
+    read = [Fields(config.to_dict()) for config in configs]
+    unused = [_unused(fields.optimizer, fields.one_of("schedule", optim.SCHEDULES)) for fields in read]
+    for field in sorted({*OFF} & {*given} - {"weight_decay"}):  # which is an error, given or not
+        if all(field in names and config[field] != OFF[field] for config, names in zip(configs, unused, strict=True)):
+            owner = "schedule" if field in STEP_OPTIONS else "optimizer"
+            raise ValueError(
+                f"config.{field}={configs[0][field]!r} does nothing with config.{owner}={configs[0][owner]!r}; leave "
+                "it out"
+            )
 
 
 def create_learner(

@@ -4,7 +4,7 @@ import difflib
 import itertools
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,14 @@ from rkd_jax import _devices, _files, evaluate, experiment, models, processes, p
 from rkd_jax.methods import takd
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike) -> None:
-    """What `python main.py` does; ValueError where the folder holds something else, a sweep where this is one run."""
+def run(config: ConfigDict, workdir: str | os.PathLike, given: Collection[str] = ()) -> None:
+    """What `python main.py` does; ValueError where the folder holds something else, a sweep where this is one run.
+
+    given: the fields that were set by hand, of which one that does nothing is an error.
+    """
     single, several, both = run_folder.KINDS
     kind = several if config.get("sweep") else both if config.get("compare") else single
+    experiment.check_used([member for _, member in expand(config)] if kind == several else [config], given)
     _devices.start()
     processes.meet()
     processes.in_lead(lambda: run_folder.check_kind(Path(workdir), kind))
@@ -147,6 +151,7 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
         member.sweep = ""
         for field, value in choice:
             member[field] = _parse(field, value, config.get_type(field))
+        experiment.check_used([member], [field for field, _ in choice])
         if any(other.to_dict() == member.to_dict() for _, other in members):
             raise ValueError(f"config.sweep={config.sweep!r} names a student twice; name each once")
         name = ",".join(f"{field}={value}" for field, value in choice).replace(os.sep, "_")

@@ -185,6 +185,26 @@ def test_config_that_cannot_be(tiny, tmp_path, fields, complaint):
         runs.distil(tiny(**fields), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "given", "named", "owner"),
+    [
+        ({"optimizer": "optax:adamw"}, ["momentum"], "momentum=0.9", "optimizer"),
+        ({"schedule": "cosine"}, ["decay_epochs"], r"decay_epochs=\(.*\)", "schedule"),
+        ({"sweep": "schedule=cosine decay_factor=0.1,0.2"}, [], "decay_factor=0.1", "schedule"),
+        ({"sweep": "schedule=cosine seed=0,1"}, ["decay_factor"], "decay_factor=0.1", "schedule"),
+    ],
+)
+def test_field_that_does_nothing_is_an_error_where_it_was_set_by_hand(tiny, tmp_path, fields, given, named, owner):
+    with pytest.raises(ValueError, match=rf"config\.{named} does nothing with config\.{owner}='.*'; leave it out"):
+        runs.run(tiny(**fields), tmp_path / "run", given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_field_that_does_something_in_one_of_a_sweep_or_is_off_may_be_set(tiny):
+    experiment.check_used([tiny(schedule="cosine"), tiny()], ["decay_factor"])
+    experiment.check_used([tiny(optimizer="optax:adamw", momentum=0.0)], ["momentum"])
+
+
 @pytest.mark.usefixtures("fast_compile")
 @pytest.mark.slow
 def test_optimizers_side_by_side(tiny, tmp_path):
