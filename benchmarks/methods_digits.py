@@ -48,7 +48,7 @@ def main():
             summaries.append(runs.distil(config, flags.workdir / f"{name}-{seed}"))
             jax.clear_caches()
         top1 = [summary["last"]["top1"] for summary in summaries]
-        step = [1000 * summary["seconds"] / summary["steps"] for summary in summaries]
+        step = [1000 * config.batch_size / summary["images_per_second"] for summary in summaries]
         rows[name] = {
             "top1": top1,
             "mean": statistics.mean(top1),

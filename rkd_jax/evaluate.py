@@ -129,12 +129,7 @@ def _run(config: ConfigDict, workdir: Path, changes: Mapping[str, Any] | None) -
     paths = (
         [workdir]
         if (workdir / "metadata.json").exists()
-        else sorted(
-            path.parent
-            for pattern in ("*/metadata.json", "*/*/metadata.json")
-            for path in workdir.glob(pattern)
-            if path.parent.name in ("best", "last")
-        )
+        else sorted(path.parent for path in workdir.rglob("metadata.json") if path.parent.name in ("best", "last"))
     )
     if not paths:
         raise FileNotFoundError(

@@ -143,6 +143,12 @@ def build(config: ConfigDict) -> Experiment:
             f"config.method={fields.method!r} compares the views of an image, and config.views={fields.views!r} gives "
             "one; set config.views to 'both'"
         )
+    reduction = fields.one_of("view_reduction", ("sum", "mean"))
+    if method.joint_views and reduction != "sum":
+        raise ValueError(
+            f"config.view_reduction={reduction!r} changes nothing of config.method={fields.method!r}, which reduces "
+            "its terms over the views itself; leave it at 'sum'"
+        )
     batch_size = fields.at_least("batch_size", 1)
 
     splits = load_splits(fields)
@@ -183,7 +189,6 @@ def build(config: ConfigDict) -> Experiment:
         student_normalization=steps.Normalization(splits.mean, splits.std),
         teacher_normalization=steps.Normalization(tuple(metadata["mean"]), tuple(metadata["std"])) if teacher else None,
     )
-    fields.one_of("view_reduction", ("sum", "mean"))
     loop = _loop(fields, steps_per_epoch, num_steps)
     fields.at_least("seed", 0, MOST_SEED)
     if fields.data_seed is not None:

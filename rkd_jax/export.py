@@ -236,7 +236,6 @@ def run(args: argparse.Namespace) -> None:
     files = _described(path, facts)
     for kind in formats:
         name = FORMATS[kind].file
-        files.pop(name, None)
         files[name] = write(export, kind, args.output / name, pixels) | provenance.record() | {"device": DEVICE}
         _files.write_json(path, facts | {"files": files})
 
@@ -254,8 +253,19 @@ def _described(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 def write(export: Export, kind: str, path: Path, pixels: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Writes and checks a file on uint8 images, by what they are; returns and prints what was measured of it.
 
-    ValueError where the network cannot be converted, or where the logits differ, and the file is removed.
+    ValueError where the network cannot be converted, or where the logits differ; a file of before stays as it is.
     """
+    fresh = path.with_name(f"new-{path.name}")
+    try:
+        record = _measured(export, kind, fresh, pixels)
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return record
+
+
+def _measured(export: Export, kind: str, path: Path, pixels: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Writes a file, and says what `write` says of it."""
     try:
         predict = FORMATS[kind].write(export, path)
     except OSError:
@@ -266,13 +276,12 @@ def write(export: Export, kind: str, path: Path, pixels: Mapping[str, np.ndarray
             f"{str(error)[:200]}); try --batch 1, or leave {kind} out"
         ) from error
     record = {"bytes": path.stat().st_size, "max_abs_difference": {}}
-    print(f"{path}: {record['bytes']:,} bytes")
+    print(f"{path.with_name(FORMATS[kind].file)}: {record['bytes']:,} bytes")
     for what, some in pixels.items():
         record["max_abs_difference"][what] = difference = verify(export, predict, some)
         print(f"  largest difference of the logits from Flax's, {what}: {difference:.1e}")
         if not difference <= TOLERANCE:
-            path.unlink()
-            raise ValueError(f"--formats {kind}: the logits of {path.name} are not the network's; it was removed")
+            raise ValueError(f"--formats {kind}: the file's logits are not the network's; leave {kind} out")
     if kind == "torch":
         return record  # read back into Flax: its speed would not be PyTorch's
     record["milliseconds"] = {}

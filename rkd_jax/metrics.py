@@ -46,7 +46,7 @@ class Writer:
             self._board = None
             _say_once("tensorboardX is not installed: no event files; metrics.jsonl has the same numbers")
         else:
-            self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1 if step else None)
+            self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
         self._steps_per_epoch = steps_per_epoch
         self._num_steps = num_steps
         self._batch_size = batch_size
@@ -118,19 +118,18 @@ def _say_once(line: str) -> None:
 
 
 class Clock:
-    """The steps and seconds that a run spends on training: without compiling, evaluating and saving."""
+    """The steps and seconds that a run spends on training: without the calls that compile, evaluating and saving."""
 
-    def __init__(self, seconds: float = 0.0):
-        self.seconds = seconds  # of training so far, interrupted runs included
-        self._steps = 0
+    def __init__(self, seconds: float = 0.0, steps: int = 0):
+        self.seconds, self.steps = seconds, steps  # of training so far, interrupted runs included
         self._started: tuple[int, float] | None = None  # at which step, and when; None: it stands
-        self._logged = (0, seconds)  # steps and seconds at the last log
+        self._logged = (steps, seconds)  # at the last log
 
     def stop(self, step: int) -> None:
         """The device has done `step` steps, and does something else."""
         if self._started is not None:
             since, mark = self._started
-            self._steps += step - since
+            self.steps += step - since
             self.seconds += time.monotonic() - mark
             self._started = None
 
@@ -140,6 +139,6 @@ class Clock:
 
     def rate(self) -> float:
         """Steps per second since the last call; 0 where none was counted."""
-        steps, seconds = self._steps - self._logged[0], self.seconds - self._logged[1]
-        self._logged = (self._steps, self.seconds)
+        steps, seconds = self.steps - self._logged[0], self.seconds - self._logged[1]
+        self._logged = (self.steps, self.seconds)
         return steps / seconds if steps else 0.0

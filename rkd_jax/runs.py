@@ -150,7 +150,7 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
         member = config.copy_and_resolve_references()
         member.sweep = ""
         for field, value in choice:
-            member[field] = _parse(field, value, config.get_type(field))
+            member[field] = parse(field, value, config.get_type(field))
         experiment.check_used([member], [field for field, _ in choice])
         if any(other.to_dict() == member.to_dict() for _, other in members):
             raise ValueError(f"config.sweep={config.sweep!r} names a student twice; name each once")
@@ -191,7 +191,7 @@ def _axes(config: ConfigDict) -> list[list[list[tuple[str, str]]]]:
     return sweeps
 
 
-def _parse(field: str, value: str, kind: type) -> Any:
+def parse(field: str, value: str, kind: type) -> Any:
     """A field's value from a word; ValueError where it is none of that kind, or a list."""
     if kind is tuple:
         raise ValueError(f"config.sweep: {field} is a list of numbers, which a sweep cannot vary; start a run for each")

@@ -93,12 +93,16 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
         if processes.leads() and len(open_ones) < len(members):
             finished = [folder for folder, summary in zip(folders, summaries, strict=True) if summary is not None]
             print("\n".join(f"{folder} holds this run, finished; nothing to do" for folder in finished))
-        students = [Student(runs[i], folders[i], folders[i].name if len(members) > 1 else "") for i in open_ones]
-        for student in students:
-            stack.callback(student.close)
-        for group in _groups(students):
+        students: list[Student] = []
+        for i in open_ones:
+            students.append(Student(runs[i], folders[i], folders[i].name if len(members) > 1 else ""))
+            stack.callback(students[-1].close)
+        left = students
+        while left:
+            group, step = _restore(left)
             with _devices.memory(_smaller(group)):
-                _train(group, mesh)
+                _train(group, step, mesh)
+            left = [student for student in left if student not in group]
     processes.agree(None)  # what process 0 wrote is there now, for all: a chain's next run reads it
     for i, student in zip(open_ones, students, strict=True):
         summaries[i] = student.summary or None
@@ -107,12 +111,11 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
     return summaries
 
 
-def _train(students: Sequence["Student"], mesh: Mesh) -> None:
-    """The loop: for each call of the step, train; now and then, log, evaluate, save."""
+def _train(students: Sequence["Student"], start: int, mesh: Mesh) -> None:
+    """The loop, from step `start` on: for each call of the step, train; now and then, log, evaluate, save."""
     run = students[0].run
     loop, recipe, split = run.loop, run.recipe, run.splits.train
     data_rng, spe = jax.random.key(run.data_seed), recipe.steps_per_epoch
-    start = _restore(students)
     states = steps.replicate(tuple(student.state for student in students), mesh)
     totals = [steps.replicate(student.totals(), mesh) for student in students]
     taught = [student.run for student in students if student.run.teacher]
@@ -135,7 +138,8 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
     eval_steps = {student.run.config["student"]: _eval_step(student.run, mesh) for student in students}
     for student in students:
         student.open(start, eval_steps[student.run.config["student"]])
-    clock, saved = Clock(max(student.progress["seconds"] for student in students)), time.monotonic()
+    clock = Clock(*max((student.progress["seconds"], student.progress["timed_steps"]) for student in students))
+    saved = time.monotonic()
     compiled: set[int] = set()  # counts of steps a call that there is a program for
     with _signals() as received, contextlib.closing(source):
         for call in source:
@@ -158,7 +162,9 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
 
             for student, state in zip(students, states, strict=True):
                 student.check(state)  # waits for the device
-            if all(student.bad_step is not None for student in students):
+            # Of several processes, none leaves where the others may not have looked: each saves by its own clock.
+            agreed = jax.process_count() == 1 or log or evaluate or stop or fresh
+            if agreed and all(student.bad_step is not None for student in students):
                 return
             clock.stop(done)
             sound = [i for i, student in enumerate(students) if student.bad_step is None]
@@ -172,7 +178,7 @@ def _train(students: Sequence["Student"], mesh: Mesh) -> None:
                     students[i].evaluate(done, states[i])
             if save:
                 for i in sound:
-                    students[i].save(done, states[i], totals[i], clock.seconds)
+                    students[i].save(done, states[i], totals[i], clock)
                 saved = time.monotonic()
             if stop and not last:
                 number = received[0] if received else signal.SIGTERM
@@ -206,7 +212,7 @@ class Student:
             key = jax.random.key(run.config["seed"])
             self.state = steps.run_once(run.create_state, key, run.student_variables)
         self.parameters = models.count_parameters(self.state.params["student"])
-        self.progress: dict[str, Any] = {"best": None, "last": None, "totals": {}, "seconds": 0.0}
+        self.progress: dict[str, Any] = {"best": None, "last": None, "totals": {}, "seconds": 0.0, "timed_steps": 0}
         self._networks: dict[str, tuple[Any, dict[str, Any]]] = {}  # not on disk yet: variables and metadata, by name
 
     def saved(self) -> list[int]:
@@ -279,10 +285,11 @@ class Student:
                 save_network(self.workdir / name, variables, metadata)
         self._networks = {}
 
-    def save(self, step: int, state: steps.TrainState, totals: Mapping[str, jax.Array], seconds: float) -> None:
+    def save(self, step: int, state: steps.TrainState, totals: Mapping[str, jax.Array], clock: Clock) -> None:
         """Writes the networks of the tests since the last checkpoint, and a checkpoint."""
         self._write_networks()
-        self.progress |= {"totals": {k: float(v) for k, v in totals.items()}, "seconds": seconds}
+        self.progress |= {"totals": {k: float(v) for k, v in totals.items()}}
+        self.progress |= {"seconds": clock.seconds, "timed_steps": clock.steps}
         if self._checkpoints:
             self._checkpoints.save(step, state, self.progress)
 
@@ -370,41 +377,29 @@ def _check_shared(runs: Sequence[experiment.Experiment], folders: Sequence[Path]
         check(i, taught[0], ("teacher", "teacher_fingerprint", "fold_teacher"))
 
 
-def _groups(students: Sequence[Student]) -> list[list[Student]]:
-    """The students that can go on together: from the start, or from a step that all have a checkpoint of."""
-    groups: list[tuple[set[int], list[Student]]] = []
-    for student in students:
-        there = set(student.saved()) or {0}
-        for common, group in groups:
-            if common & there:
-                common &= there
-                group.append(student)
-                break
-        else:
-            groups.append((there, [student]))
-    return [group for _, group in groups]
+def _restore(students: Sequence[Student]) -> tuple[list[Student], int]:
+    """The first student, those that can go on with it, and the newest step that each has a whole checkpoint of, or 0.
 
-
-def _restore(students: Sequence[Student]) -> int:
-    """Takes all students back to the newest step that each has a whole checkpoint of; returns it, or 0.
-
-    ValueError where they had such steps, and all turn out to be damaged.
+    They are taken back to that step. ValueError where one had checkpoints, and all turn out to be damaged.
     """
-    damaged: set[Path] = set()
-    while common := set.intersection(*(set(student.saved()) for student in students)):
-        step = max(common)
-        found = [student.read(step) for student in students]
+    while True:
+        group, common = [], set(students[0].saved()) or {0}
+        for student in students:
+            if both := common & (set(student.saved()) or {0}):
+                common = both
+                group.append(student)
+        if (step := max(common)) == 0:
+            return group, 0
+        found = [student.read(step) for student in group]
         if None not in found:
-            for student, (state, progress) in zip(students, found, strict=True):
-                student.state, student.progress = state, progress
-            return step
-        damaged |= {student.workdir for student, whole in zip(students, found, strict=True) if whole is None}
-    if damaged:
-        raise ValueError(
-            f"{' and '.join(map(str, sorted(damaged)))}: no checkpoint is whole, and those that are not are set aside "
-            "as damaged-STEP; the same command now starts anew there, and overwrites what else is left of the run"
-        )
-    return 0
+            for student, (state, progress) in zip(group, found, strict=True):
+                student.state, student.progress = state, {"timed_steps": step} | progress
+            return group, step
+        if lost := [student.workdir for student in group if not student.saved()]:
+            raise ValueError(
+                f"{' and '.join(map(str, lost))}: no checkpoint is whole, and those that are not are set aside as "
+                "damaged-STEP; the same command now starts anew there, and overwrites what else is left of the run"
+            )
 
 
 def _facts(run: experiment.Experiment, result: dict[str, Any]) -> dict[str, Any]:
@@ -468,7 +463,7 @@ def _write_overview(params: Any, path: Path) -> None:
 
 
 def _summary(run: experiment.Experiment, progress: Mapping[str, Any], parameters: int, together: int) -> dict[str, Any]:
-    images = run.recipe.num_steps * run.recipe.batch_size
+    images = progress["timed_steps"] * run.recipe.batch_size
     return {
         "best": progress["best"],
         "last": progress["last"],
@@ -476,7 +471,7 @@ def _summary(run: experiment.Experiment, progress: Mapping[str, Any], parameters
         "steps": run.recipe.num_steps,
         "seconds": round(progress["seconds"], 1),
         "together": together,  # students in the program that took these seconds
-        "images_per_second": round(images / max(progress["seconds"], 1e-9), 1),
+        "images_per_second": round(images / progress["seconds"], 1) if images else None,
         **provenance.record(),
         "config": run.config,
     }

@@ -157,15 +157,25 @@ def test_other_formats(kind, batch, packages, network, tmp_path):
     assert file["max_abs_difference"]["random images"] <= export.TOLERANCE
 
 
-def test_a_converter_that_fails_is_named(network, tmp_path, monkeypatch):
+def test_a_converter_that_fails_is_named_and_leaves_what_was_there(network, tmp_path, monkeypatch):
     def fails(export, path):
+        path.write_bytes(b"half")
         raise NotImplementedError("no such operation")
 
-    monkeypatch.setitem(export.FORMATS, "onnx", export.Format(fails, "network.onnx"))
-    with pytest.raises(
-        SystemExit, match=r"--formats onnx: resnet8 cannot be converted .*no such operation.*leave onnx"
+    def untrained(export, path):
+        path.write_bytes(b"another network")
+        return lambda images: np.zeros((len(images), 12))
+
+    (tmp_path / "network.onnx").write_bytes(b"whole")
+    for writes, said in (
+        (fails, r"resnet8 cannot be converted .*no such operation.*leave onnx"),
+        (untrained, "the file's logits are not the network's; leave onnx out"),
     ):
-        export.main([str(network), "--output", str(tmp_path), "--formats", "onnx"])
+        monkeypatch.setitem(export.FORMATS, "onnx", export.Format(writes, "network.onnx"))
+        with pytest.raises(SystemExit, match=rf"--formats onnx: {said}"):
+            export.main([str(network), "--output", str(tmp_path), "--formats", "onnx"])
+        assert [path.name for path in tmp_path.iterdir()] == ["network.onnx"]
+        assert (tmp_path / "network.onnx").read_bytes() == b"whole"
 
 
 def test_real_images(teacher, tmp_path, capsys):

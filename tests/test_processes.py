@@ -127,6 +127,18 @@ def test_processes_that_would_train_apart_are_told(slow, tmp_path, monkeypatch, 
     assert not (tmp_path / "run").exists()
 
 
+def test_processes_that_diverge_end_together(slow, tmp_path):
+    """Though one saves after every call, and looks at the losses then, and the other does not."""
+    where = f"localhost:{free_port()},{{}},2"
+    fields = {"method": "cross_entropy", "learning_rate": 1e12, "log_every": 15}
+    configs = [slow(**fields, checkpoint_seconds=seconds) for seconds in (0.0, 1000.0)]
+    started = [start(config, tmp_path / "run", where=where.format(i)) for i, config in enumerate(configs)]
+    errors = [process.communicate(timeout=300)[1] for process in started]
+    for process, error in zip(started, errors, strict=True):
+        assert process.returncode == 1, error
+        assert "is not finite. Lower config.learning_rate" in error
+
+
 @pytest.mark.slow
 def test_processes_stop_between_two_logs(slow, tmp_path):
     config = slow(num_steps=2000, log_every=100, eval_epochs=1000.0)

@@ -36,7 +36,7 @@ def records(workdir):
 def test_clock_counts_training_alone(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
-    clock = metrics.Clock(seconds=5.0)
+    clock = metrics.Clock(seconds=5.0, steps=7)
     for start, stop, passes in ((10, 20, 2.0), (21, 51, 6.0)):  # from 20 to 21 it stands: a program compiles
         clock.stop(start)
         now[0] += 100.0
@@ -44,7 +44,7 @@ def test_clock_counts_training_alone(monkeypatch):
         now[0] += passes
         clock.stop(stop)
     assert clock.rate() == 40 / 8
-    assert clock.seconds == 13
+    assert (clock.seconds, clock.steps) == (13, 47)
     assert clock.rate() == 0
 
 
@@ -486,6 +486,26 @@ def test_a_state_of_other_arrays_is_no_damaged_one(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_two_left_without_a_whole_checkpoint_in_common_go_on_apart(tiny, tmp_path, monkeypatch, capsys):
+    rates = {"a": 0.01, "b": 0.02}
+    members = [
+        (tiny(num_steps=4, checkpoint_seconds=0.0, learning_rate=rate), tmp_path / name) for name, rate in rates.items()
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Student, "finish", lambda *_, **__: None)
+        train.train_together(members)  # which keeps steps 3 and 4
+    shutil.rmtree(tmp_path / "b" / "checkpoints" / "4")
+    for path in (tmp_path / "a" / "checkpoints" / "3" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    summaries = train.train_together(members)
+    assert [summary["last"]["step"] for summary in summaries] == [4, 4]
+    said = capsys.readouterr().out
+    assert re.search(r"\na \| .*goes on from step 4", said)
+    assert re.search(r"\nb \| .*goes on from step 3", said)
+
+
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_damaged_stops_before_it_starts_anew(tiny, tmp_path, monkeypatch):
     members = [(tiny(num_steps=4, learning_rate=rate), tmp_path / name) for rate, name in ((0.01, "a"), (0.02, "b"))]
     with monkeypatch.context() as patch:
@@ -530,6 +550,10 @@ def test_finished_run_is_not_run_again(tiny, finished, capsys):
         ({"dataset": "digit"}, "did you mean 'digits'"),
         ({"views": "stron"}, "config.views='stron' is none of"),
         ({"view_reduction": "max"}, "config.view_reduction='max' is none of"),
+        (
+            {"method": "mlkd", "views": "both", "view_reduction": "mean"},
+            "'mean' changes nothing of config.method='mlkd'",
+        ),
         ({"dtype": "float16"}, "config.dtype='float16' is none of"),
         (
             {"method": "ranking_alignment", "temperature": 2.0},

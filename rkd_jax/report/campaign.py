@@ -29,7 +29,8 @@ from rkd_jax.report import cells, pack, paper, run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIR = "cifar100_res32x4_res8x4"
-NOT_PACKED = ("state", "state.new", "packed", "work", "data", "cache")  # of DIR; of work, a part: `Campaign.files`
+# Of DIR; of work, a part is: `Campaign.files`.
+NOT_PACKED = ("state", "state.new", "state.old", "packed", "work", "data", "cache")
 
 
 class Scale(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from rkd_jax import _files, experiment, methods
+from rkd_jax import _files, experiment, methods, runs
 from rkd_jax.report import paper
 
 
@@ -124,7 +124,7 @@ def configure(cell: Cell, scale: str) -> ConfigDict:
         config.method = cell.method
         config.update((size.toy or {}).get(cell.method, {}))
         for name, value in (part.split("=") for part in cell.name.split("-")[1:]):
-            config[name] = methods.fields().get(name, str)(value)
+            config[name] = runs.parse(name, value, config.get_type(name))
     config.seed = cell.seed
     _shorten(config, size.epochs)
     config.update(size.overrides)

@@ -41,8 +41,12 @@ def pack(files: Mapping[str, Path], folder: Path) -> tuple[int, dict[str, int]]:
     for i, chunk in enumerate(chunks):
         facts = {"part": i, "parts": len(chunks), "state": state, "sha256": hashlib.sha256(chunk).hexdigest()}
         (fresh / f"part-{i}").write_bytes(json.dumps(facts).encode() + b"\n" + chunk)
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
     folders: dict[str, int] = {}
     for name, size in sizes.items():
         place = "/".join(name.split("/")[:2])

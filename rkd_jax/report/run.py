@@ -82,7 +82,7 @@ def find(teachers: Path, network: str) -> Path | None:
 
 
 def missing(planned: Sequence[Run], results: Path, scale: str) -> list[Run]:
-    """The runs that lack a result, and the teachers that those need and whose network is gone.
+    """The runs that lack a result, and the unfinished teachers that those need.
 
     ValueError for a damaged result.
     """
