@@ -22,11 +22,7 @@ EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError)
 FLAGS = flags.FLAGS
 NAMED = _flags.names_config(sys.argv)
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; default: configs/digits.py.")
-WORKDIR = flags.DEFINE_string(
-    "workdir",
-    None,
-    "Where the run is kept, and resumed from; default: runs/<config>, with -smoke behind it for config.smoke.",
-)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept, and resumed from; default: runs/<config>.")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or report the accuracy of what WORKDIR holds.")
 DISTRIBUTED = flags.DEFINE_string("distributed", None, '"auto" or HOST:PORT,INDEX,COUNT: one of several processes.')
 TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, print where in the code it arose too.")
@@ -54,6 +50,7 @@ def main(argv):
         if TRACEBACK.value or not (foreseen or place):
             raise
         said = f"{error}" if foreseen else f"{type(error).__name__}: {error}"
+        place = place or ("another package" if _flags.foreign(error) else "")
         sys.exit(f"Error: {said}" + (f"\n(in {place}; --traceback shows the way there)" if place else ""))
 
 

@@ -15,8 +15,10 @@ import json
 import statistics
 from pathlib import Path
 
+import jax
+
 from configs import cifar100_res56_res20
-from rkd_jax import _devices, _files, _flags, _memory, experiment, losses, provenance, train
+from rkd_jax import _devices, _files, _flags, _memory, losses, provenance, train
 from rkd_jax.methods import base
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,9 +84,11 @@ def main():
     shared.update(student=flags.student, teacher_checkpoint=flags.teacher_checkpoint, num_train=flags.num_train)
     # The paper's schedule in small: the rate falls after 1/2, 6/10 and 7/10 of the epochs.
     shared.update(num_epochs=flags.epochs, decay_epochs=tuple(flags.epochs * part for part in (0.5, 0.6, 0.7)))
-    shared.update(views=flags.views, data_seed=0, eval_epochs=flags.epochs / 4, checkpoint_seconds=120.0, log_every=26)
-    shared.dtype = flags.dtype
-    experiment.do_an_epoch_a_call(shared, flags.num_train // shared.batch_size)
+    shared.update(views=flags.views, dtype=flags.dtype, data_seed=0, checkpoint_seconds=120.0)
+    if jax.default_backend() == "cpu":
+        shared.update(eval_epochs=flags.epochs / 4, log_every=26)
+    else:  # whole epochs, which are a call each
+        shared.update(eval_epochs=float(-(-flags.epochs // 4)), eval_batch_size=2500)
     members, folders = [], {}
     for name in flags.losses:
         for seed in range(flags.first_seed, flags.first_seed + flags.seeds):

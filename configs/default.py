@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     config.decay_epochs = (150, 180, 210)  # "step": after each of these, the rate falls
     config.decay_factor = 0.1  # to this fraction
     config.lr_warmup_epochs = 0.0  # through these, the rate first rises
-    config.optimizer = "sgd"  # or "optax:adamw", or any "my_module:factory"; of the next, it is given what it takes
+    config.optimizer = "sgd"  # or "optax:adamw", or "my_module:factory"; given what it takes of the next three
     config.momentum = 0.9
     config.nesterov = False
     config.weight_decay = 5e-4  # of every parameter; "sgd" adds it to the gradient
@@ -72,8 +72,11 @@ def get_config() -> ConfigDict:
     config.sweep = ""  # "lam=0.1,1,5" or "eps=1,0.1 seed=0,1": all these students in one program, with one teacher
     config.dtype = "float32"  # of the networks' arithmetic in training, or "bfloat16"; tests and losses stay float32
     config.stream = placeholder(bool)  # read each batch from the host; None: where the set fills half of a device
-    config.steps_per_call = placeholder(int)  # that the device does without the host; None: 10 at most, on CPU 1
-    config.log_every = 50  # steps; training metrics are means over so many
+    # Steps from one log to the next, over which its metrics are means. None: an epoch, on CPU 50.
+    config.log_every = placeholder(int)
+    # Steps that the device does without the host. None: log_every, where epochs and tests are whole numbers of it, else
+    # 10; on CPU 1.
+    config.steps_per_call = placeholder(int)
     config.eval_epochs = 1.0  # epochs from one evaluation to the next
     config.eval_batch_size = 500
     config.checkpoint_seconds = 60.0  # from one checkpoint, best/ and last/ to the next; the end and SIGTERM save too

@@ -1,7 +1,7 @@
 """The offline default: scikit-learn's digits, 8 x 8 pixels, 10 classes.
 
 A small teacher, the student alone, and the student with ranking alignment, in a table: `python main.py`. A toy that
-shows the machinery at work within three minutes on two CPU cores; the paper has no such numbers.
+shows the machinery at work in one to two minutes on two CPU cores; the paper has no such numbers.
 """
 
 from configs import default

@@ -15,6 +15,9 @@ from pathlib import Path
 
 from absl import flags
 
+HERE = Path(__file__).resolve().parent
+STDLIB = Path(sysconfig.get_path("stdlib")).resolve()
+
 
 def positive(text: str) -> int:
     """A whole number from 1 on, as argparse's `type`."""
@@ -76,14 +79,29 @@ def own_code(error: BaseException) -> str:
     """
     if error.__cause__ and (place := own_code(error.__cause__)):
         return place
-    here = Path(__file__).resolve().parent
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename).resolve()
-        packaged = any(folder in file.parents for folder in (here, Path(sysconfig.get_path("stdlib")).resolve()))
-        installed = {"site-packages", "dist-packages"} & {*file.parts}
-        if file.is_file() and not packaged and not installed and file != here.parent / "main.py":
+        if file.is_file() and not _packaged(file) and not _installed(file) and file != HERE.parent / "main.py":
             return f"{os.path.relpath(file)}, line {frame.lineno}: {frame.line}"
     return ""
+
+
+def foreign(error: BaseException) -> bool:
+    """Whether an installed package raised an error, and not this one; its words may name nothing of the user's."""
+    if any("JAX has removed its internal frames" in note for note in getattr(error, "__notes__", ())):
+        return True
+    files = [Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)]
+    files = [file for file in files if STDLIB not in file.parents or _installed(file)]
+    return bool(files) and _installed(files[-1]) and HERE not in files[-1].parents
+
+
+def _packaged(file: Path) -> bool:
+    """Whether a file is this package's, or Python's."""
+    return HERE in file.parents or STDLIB in file.parents
+
+
+def _installed(file: Path) -> bool:
+    return bool({"site-packages", "dist-packages"} & {*file.parts})
 
 
 @contextlib.contextmanager

@@ -14,14 +14,18 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from rkd_jax import checkpoint, data, methods, models, optim, steps
+from rkd_jax import checkpoint, data, feed, methods, models, optim, steps
 
 VIEWS = {"weak": ("weak",), "strong": ("strong",), "both": ("weak", "strong")}
 MOST_SEED = 2**32 - 1  # jax.random.key would drop the bits above
 MOST_STEPS = 2**31 - 1  # of the state's int32
 SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_every": 2, "eval_batch_size": 16}
 # The fields, beside those of methods, that may be None.
-UNSET = ("image_size", "num_train", "num_test", "num_steps", "steps_per_call", "data_seed", "fold_teacher", "stream")
+UNSET = (
+    "image_size", "num_train", "num_test", "num_steps", "data_seed", "fold_teacher", "stream", "steps_per_call",
+    "log_every",
+)  # fmt: skip
+LOG_EVERY = 50  # steps, on a CPU
 STEP_OPTIONS = ("decay_epochs", "decay_factor")  # what the schedule "step" takes
 # Values that do nothing, of the fields that an optimizer or a schedule may not take.
 OFF = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "decay_epochs": (), "decay_factor": 1.0}
@@ -189,11 +193,11 @@ def build(config: ConfigDict) -> Experiment:
         student_normalization=steps.Normalization(splits.mean, splits.std),
         teacher_normalization=steps.Normalization(tuple(metadata["mean"]), tuple(metadata["std"])) if teacher else None,
     )
-    loop = _loop(fields, steps_per_epoch, num_steps)
+    loop = _loop(fields, splits.train, steps_per_epoch, num_steps)
     fields.at_least("seed", 0, MOST_SEED)
     if fields.data_seed is not None:
         fields.at_least("data_seed", 0, MOST_SEED)
-    _ = fields.stream, fields.smoke, fields.compare, fields.sweep
+    _ = fields.smoke, fields.compare, fields.sweep
     prints = {
         "teacher_fingerprint": metadata.get("fingerprint", ""),
         "data_fingerprint": data_fingerprint(splits),
@@ -213,16 +217,25 @@ def build(config: ConfigDict) -> Experiment:
     return Experiment(resolved, splits, *networks, method, recipe, loop, schedule, method.wrap_optimizer(tx))
 
 
-def _loop(fields: Fields, steps_per_epoch: int, num_steps: int) -> Loop:
+def _loop(fields: Fields, split: data.Split, steps_per_epoch: int, num_steps: int) -> Loop:
     if not 0 < fields.eval_epochs < math.inf:
         raise ValueError(
             f"config.eval_epochs={fields.eval_epochs} is no number of epochs; take, say, 1.0, or as many as "
             "config.num_epochs to test at the end alone"
         )
-    log_every, eval_every = fields.at_least("log_every", 1), max(1, round(fields.eval_epochs * steps_per_epoch))
+    streams = feed.streams(fields.stream, split)
+    on_cpu, eval_every = jax.default_backend() == "cpu", max(1, round(fields.eval_epochs * steps_per_epoch))
+    if fields.log_every is not None:
+        log_every = fields.at_least("log_every", 1)
+    else:  # the largest whole part of an epoch; not more steps, for a signal waits for the end of a call
+        parts = (n for n in range(20, 1001) if steps_per_epoch % n == 0 and not on_cpu)
+        log_every = max(parts, default=LOG_EVERY)
     most = min(log_every, eval_every, steps_per_epoch, num_steps)  # a call ends with each of them
-    # XLA's convolutions on CPU are 20 times slower inside a loop.
-    steps_per_call = 1 if jax.default_backend() == "cpu" else 10
+    # Where all calls can be of that length there is one program to compile, but what is streamed is held meanwhile.
+    even = all(each % log_every == 0 for each in (eval_every, steps_per_epoch, num_steps))
+    steps_per_call = log_every if even and not streams else 10
+    if on_cpu:
+        steps_per_call = 1  # XLA's convolutions on CPU are 20 times slower inside a loop
     if fields.steps_per_call is not None:
         steps_per_call = fields.at_least("steps_per_call", 1)
         if steps_per_call > most and not fields.smoke:
@@ -237,17 +250,6 @@ def _loop(fields: Fields, steps_per_epoch: int, num_steps: int) -> Loop:
         eval_batch_size=fields.at_least("eval_batch_size", 1),
         checkpoint_seconds=fields.at_least("checkpoint_seconds", 0),
     )
-
-
-def do_an_epoch_a_call(config: ConfigDict, steps: int) -> None:
-    """Has a config, of `steps` an epoch, done with an epoch a call where the device is no CPU.
-
-    All calls are then of one length, for tests come after whole epochs too, so that there is one program to compile,
-    and the host has little to do.
-    """
-    if jax.default_backend() != "cpu":
-        config.update(log_every=steps, steps_per_call=steps, eval_batch_size=2500)
-        config.eval_epochs = float(max(1, round(config.eval_epochs)))
 
 
 def data_fingerprint(splits: data.Splits) -> str:

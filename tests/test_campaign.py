@@ -10,14 +10,13 @@ import sys
 import zlib
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from conftest import ROOT
 from test_train import assert_same
 
 from configs import cifar100_res32x4_res8x4, default
-from rkd_jax import checkpoint, data, experiment, train
+from rkd_jax import checkpoint, data, train
 from rkd_jax.data import _prepared
 from rkd_jax.report import campaign, cells, pack, run, tables
 
@@ -363,7 +362,7 @@ def test_chosen_items_alone_in_the_lists_order(tmp_path, capsys):
         campaign.main(["--out", str(tmp_path), "--minutes", "0", "--items", "kd"])
 
 
-def test_longer_item_does_what_the_shorter_one_has_not(tmp_path, monkeypatch):
+def test_longer_item_does_what_the_shorter_one_has_not(tmp_path):
     made = campaign.Campaign(tmp_path, "full", 1, "", None, 1 << 26)
     weak, short, longer = (item for item in campaign.items("full") if item.name.startswith("resnet56-"))
     assert [each.config.views for each in made.plan(weak)][1:] == ["weak"]  # the first is its teacher's
@@ -372,14 +371,6 @@ def test_longer_item_does_what_the_shorter_one_has_not(tmp_path, monkeypatch):
         run.write(cell, made.plan(short)[0], result, made.results, "full")
     left = run.missing(made.plan(longer), made.results, "full")
     assert [each.cells[0].name for each in left] == ["teacher", "cross_entropy", "kd"]
-    assert {each.config.steps_per_call for each in left} == {None}
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert {each.config.steps_per_call for each in made.plan(longer)} == {781}
-    short = default.get_config()
-    for given, wanted in ((0.25, 1), (1.5, 2), (10.0, 10)):  # no call ends within an epoch
-        short.eval_epochs = given
-        experiment.do_an_epoch_a_call(short, 78)
-        assert (short.eval_epochs, short.log_every, short.steps_per_call) == (wanted, 78, 78)
 
 
 def test_given_teachers_are_taken_once(teacher, tmp_path):

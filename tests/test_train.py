@@ -20,7 +20,19 @@ from conftest import ROOT, SLOW
 from ml_collections import ConfigDict
 from PIL import Image
 
-from rkd_jax import _files, _flags, checkpoint, evaluate, experiment, metrics, provenance, run_folder, steps, train
+from rkd_jax import (
+    _files,
+    _flags,
+    checkpoint,
+    evaluate,
+    experiment,
+    metrics,
+    optim,
+    provenance,
+    run_folder,
+    steps,
+    train,
+)  # fmt: skip
 from rkd_jax.methods import kd
 from rkd_jax.models import __main__ as table
 
@@ -346,6 +358,26 @@ def test_steps_of_a_call_that_no_call_would_have_are_refused(tiny):
     with pytest.raises(ValueError, match=r"config\.steps_per_call=9 is more than the 8 steps .*epoch"):
         experiment.build(tiny(steps_per_call=9, log_every=50))
     assert experiment.build(tiny(steps_per_call=4, smoke=True)).loop.steps_per_call == 2
+
+
+def test_on_a_gpu_a_call_is_an_epoch_where_all_calls_can_be(tiny, monkeypatch):
+    fields = {"log_every": None, "num_train": 1000, "num_steps": None, "num_epochs": 6}  # 125 steps an epoch
+    assert experiment.build(tiny(**fields)).loop[:3] == (1, 50, 125)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for changes, steps_per_call, log_every in (
+        ({}, 125, 125),
+        ({"eval_epochs": 2.0}, 125, 125),
+        ({"log_every": 25}, 25, 25),
+        ({"log_every": 50}, 10, 50),
+        ({"eval_epochs": 0.5}, 10, 125),
+        ({"num_steps": 300}, 10, 125),
+        ({"stream": True}, 10, 125),
+        ({"num_train": 1436, "batch_size": 1}, 718, 718),
+        ({"num_train": 1432}, 179, 179),
+        ({"num_train": 392}, 49, 49),
+        ({"num_train": 136}, 10, 50),
+    ):
+        assert experiment.build(tiny(**fields | changes)).loop[:2] == (steps_per_call, log_every), changes
 
 
 def test_commit_of_another_project_is_none_of_ours(tmp_path, monkeypatch):
@@ -777,6 +809,18 @@ def test_an_error_in_a_config_has_its_line(tmp_path, line):
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert f"(in own.py, line 5: {line})" in result.stderr
+
+
+def test_an_error_of_another_package_is_told_from_our_own():
+    def is_foreign(function):
+        with pytest.raises((ValueError, TypeError)) as raised:
+            function()
+        return _flags.foreign(raised.value)
+
+    assert is_foreign(lambda: jnp.zeros(2) + jnp.zeros(3))  # JAX hides its frames
+    assert is_foreign(lambda: optax.cosine_decay_schedule(1.0, -1))
+    assert not is_foreign(lambda: _files.write_json(ROOT / "with\0in it", {}))  # by Python
+    assert not is_foreign(lambda: optim.create_optimizer("none", None))
 
 
 BUGGY = """from rkd_jax import losses, methods

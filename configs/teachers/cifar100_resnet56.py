@@ -1,6 +1,6 @@
 """CIFAR-100, resnet56 by cross-entropy: a teacher of the paper, which has 72.34.
 
-python main.py --config configs/teachers/cifar100_resnet56.py --workdir runs/alone/resnet56
+python main.py --config configs/teachers/cifar100_resnet56.py --workdir runs/teachers/resnet56
 """
 
 from configs.teachers import cross_entropy

@@ -1,6 +1,6 @@
 """CIFAR-100, vgg13 by cross-entropy: a teacher of the paper, which has 74.64.
 
-python main.py --config configs/teachers/cifar100_vgg13.py --workdir runs/alone/vgg13
+python main.py --config configs/teachers/cifar100_vgg13.py --workdir runs/teachers/vgg13
 """
 
 from configs.teachers import cross_entropy

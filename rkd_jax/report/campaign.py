@@ -39,11 +39,10 @@ class Scale(NamedTuple):
     cells: str  # the scale of its cells
     margin: float  # seconds kept at a slice's end for the last save and for packing
     least: float  # seconds without which no training is begun or taken up: it would compile and stop
-    steps: int | None = None  # of an epoch, which is a call but on a CPU; None: as the configs have it
 
 
 SCALES = {
-    "full": Scale("full", margin=45.0, least=75.0, steps=781),
+    "full": Scale("full", margin=45.0, least=75.0),
     "smoke": Scale("tiny", margin=12.0, least=8.0),
 }
 
@@ -168,8 +167,8 @@ class Campaign:
         planned = run.plan(item.members, self._cells_scale, self.work / item.name, self.out / "teachers")
         for each in planned:
             each.config.update(dtype=self.dtype(), data_dir=self._data_dir)
-            if steps := SCALES[self.scale].steps:
-                experiment.do_an_epoch_a_call(each.config, steps)
+            if self.scale == "full":
+                each.config.eval_batch_size = 2500  # a device that is lent has the memory
         return planned
 
     def dtype(self) -> str:
