@@ -21,11 +21,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
+from jax.typing import ArrayLike
 
 DIRECTIONS = ("ASCENDING", "DESCENDING")
 
 
-def soft_rank(values, direction="ASCENDING", regularization_strength=1.0):
+def soft_rank(
+    values: ArrayLike, direction: str = "ASCENDING", regularization_strength: float | jax.Array = 1.0
+) -> jax.Array:
     """Soft ranks along the last axis, from 1 to n; [..., n] -> [..., n].
 
     ASCENDING gives the smallest value rank 1, DESCENDING the largest, as in fast-soft-sort and torchsort.
@@ -43,7 +46,9 @@ def soft_rank(values, direction="ASCENDING", regularization_strength=1.0):
     return values.shape[-1] + 1 - rank if direction == "ASCENDING" else rank
 
 
-def soft_sort(values, direction="ASCENDING", regularization_strength=1.0):
+def soft_sort(
+    values: ArrayLike, direction: str = "ASCENDING", regularization_strength: float | jax.Array = 1.0
+) -> jax.Array:
     """Soft-sorted values along the last axis; [..., n] -> [..., n].
 
     The projection of (n, ..., 1) / eps onto the permutahedron of `values`, which must be finite: towards 0 the values
@@ -59,13 +64,13 @@ def soft_sort(values, direction="ASCENDING", regularization_strength=1.0):
     return sign * (_block_mean(ordered, start, size) + offset / eps)
 
 
-def isotonic_l2(y):
+def isotonic_l2(y: ArrayLike) -> jax.Array:
     """argmin over v_1 >= v_2 >= ... of ||v - y||^2 / 2 along the last axis; [..., n] -> [..., n]; y must be finite."""
     y, _ = _checked(y, "DESCENDING", 1.0)
     return _block_mean(y, *_blocks(-jnp.diff(y))) if y.size else y
 
 
-def num_blocks(values, regularization_strength=1.0):
+def num_blocks(values: ArrayLike, regularization_strength: float | jax.Array = 1.0) -> jax.Array:
     """Number of blocks of each row's projection; [..., n] -> float [...].
 
     From 1, where the ranks are affine in the values, to n, where they are hard; NaN for a row that holds NaN.
