@@ -67,7 +67,8 @@ def label_kl(
 def pearson(a: jax.Array, b: jax.Array, epsilon: float = 0.0) -> jax.Array:
     """Pearson's correlation over the last axis, 0 where a side is constant; [..., C], [..., C] -> [...].
 
-    `epsilon` is added to the denominator, the product of the centred norms.
+    `epsilon` is added to the denominator, the product of the centred norms. The gradient to a constant side is the
+    other, centred: a way out.
     """
     same_shape(a=a, b=b)
     a, b = _centred(a), _centred(b)
@@ -146,7 +147,7 @@ def label_first(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def standardize(logits: jax.Array) -> jax.Array:
     """(z - mean) / (std + 1e-7), std over C - 1; 0 where z is constant (Sun et al., 2024); [..., C] -> [..., C]."""
     centred = _centred(logits)
-    std = norm(centred)[..., None] / (logits.shape[-1] - 1) ** 0.5
+    std = norm(centred)[..., None] / max(logits.shape[-1] - 1, 1) ** 0.5
     return centred / (std + 1e-7)
 
 

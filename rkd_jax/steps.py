@@ -126,6 +126,15 @@ def epoch_order(rng: jax.Array, epoch: int, num_examples: int) -> jax.Array:
     return jax.random.permutation(key, num_examples)
 
 
+def epoch_of(step: jax.Array, steps_per_epoch: int) -> jax.Array:
+    """How many epochs are over before a step (int32, from 0), float32; its whole part is right at any step.
+
+    step / steps_per_epoch alone is not: XLA multiplies by the reciprocal, and 97 * (1 / 97) is below 1.
+    """
+    whole, part = step // steps_per_epoch, step % steps_per_epoch
+    return jnp.minimum(whole + part / steps_per_epoch, jnp.nextafter(jnp.float32(whole + 1), jnp.float32(0)))
+
+
 def create_state(
     rng: jax.Array,
     student: nn.Module,
@@ -448,7 +457,7 @@ def _update(
     context = Context(
         rng=rng,
         step=state.step,
-        epoch=state.step / recipe.steps_per_epoch,
+        epoch=epoch_of(state.step, recipe.steps_per_epoch),
         progress=state.step / recipe.num_steps,
     )
     blank = jnp.zeros_like(views[0])  # for resumed networks, which use its shape alone

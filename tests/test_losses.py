@@ -242,7 +242,7 @@ def test_what_is_left_out_does_not_count_however_large_it_is():
 
 
 @pytest.mark.parametrize("value", [0.1, -3.3, 1e4])
-@pytest.mark.parametrize("classes", [6, 7, 100])
+@pytest.mark.parametrize("classes", [1, 6, 7, 100])
 def test_constant_rows_leave_no_rounding_to_be_scaled_up(classes, value):
     constant, other = jnp.full(classes, value), jnp.linspace(-2, 3, classes)
     np.testing.assert_array_equal(losses.standardize(constant), np.zeros(classes))

@@ -572,6 +572,8 @@ def test_dot_asks_for_momentum_and_room_for_its_delta():
         dot.two_momenta(optax.sgd(0.1), 0.075)
     with pytest.raises(ValueError, match=r"config.delta=0.2 .* take at most 0.1"):
         dot.two_momenta(optax.sgd(0.1, 0.9), 0.2)
+    with pytest.raises(ValueError, match=r"set config.nesterov=False"):
+        dot.two_momenta(optax.sgd(lambda step: 0.1 / (step + 1), 0.9, nesterov=True), 0.05)
     with pytest.raises(ValueError, match=r"config.inner has to be a method with a teacher"):
         methods.create("dot", inner="cross_entropy")
     with pytest.raises(ValueError, match=r"config.inner cannot be 'dot', .* per term; unset, it is 'kd'"):

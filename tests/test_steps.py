@@ -163,6 +163,15 @@ def test_terms_are_summed_or_averaged_over_the_views(tiny):
     np.testing.assert_allclose(found["sum"]["top1"], found["mean"]["top1"])
 
 
+@pytest.mark.parametrize("steps_per_epoch", [1, 41, 61, 97, 781, 80_000])
+def test_an_epoch_begins_with_its_first_step(steps_per_epoch):
+    epochs = np.arange(300)
+    for part in {0, 1 % steps_per_epoch, steps_per_epoch - 1}:
+        found = jax.jit(steps.epoch_of, static_argnums=1)(jnp.int32(epochs * steps_per_epoch + part), steps_per_epoch)
+        np.testing.assert_array_equal(np.floor(found), epochs)
+        np.testing.assert_allclose(found, epochs + part / steps_per_epoch, rtol=1e-6)
+
+
 @pytest.mark.usefixtures("fast_compile", "mirrored")
 def test_student_updates_its_batch_statistics_by_one_view_then_the_other(tiny):
     run, state, inputs, step = prepare(tiny(views="both", method="cross_entropy"))

@@ -109,16 +109,18 @@ def two_momenta(tx: optax.GradientTransformation, delta: float) -> optax.Gradien
 def momentum_of(tx: optax.GradientTransformation) -> float:
     """The momentum of an SGD optimizer, read off what a gradient of 1 leaves in its trace after another step.
 
-    ValueError where it has no trace or several, or a large gradient does not go into it as it is: clipped, or scaled.
+    ValueError where it has no trace or several, or a large gradient does not go into it as it is: clipped, or scaled;
+    and where a step is not along the trace: Nesterov's.
     """
-    traces = []
+    traces, moves = [], []
     with jax.ensure_compile_time_eval():
         params = jnp.zeros(())
-        for first in (1.0, 1e6):
+        for first, then in ((1.0, 0.0), (1e6, 0.0), (1.0, 1.0)):
             state = tx.init(params)
-            for gradient in (first, 0.0):
-                _, state = tx.update(jnp.float32(gradient), state, params)
+            for gradient in (first, then):
+                move, state = tx.update(jnp.float32(gradient), state, params)
                 traces.append([trace for _, trace in optax.tree_utils.tree_get_all_with_path(state, "trace")])
+                moves.append(move)
     if not traces[0]:
         raise ValueError(
             "config.method='dot' splits the momentum of SGD, and there is none; set config.momentum=0.9 and "
@@ -129,4 +131,6 @@ def momentum_of(tx: optax.GradientTransformation) -> float:
             "config.method='dot' splits the momentum of plain SGD, and this optimizer gathers the gradients in another "
             "way; set config.optimizer='sgd'"
         )
+    if not jnp.allclose(moves[5] * traces[1][0], moves[1] * traces[5][0], rtol=1e-4):
+        raise ValueError("config.method='dot' splits the momentum of plain SGD; set config.nesterov=False")
     return round(float(traces[1][0]), 6)

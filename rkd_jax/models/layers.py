@@ -149,16 +149,18 @@ def conv_bn(x: jax.Array, train: bool, features: int, names: tuple[str, str], **
     return BatchNorm(follows=names[0], name=names[1])(conv(x, features, names[0], **options), train)
 
 
-def head(x: jax.Array, num_classes: int, name: str, std: float | None = None) -> tuple[jax.Array, ...]:
+def head(
+    x: jax.Array, num_classes: int, name: str, std: float | None = None, zero_bias: bool = False
+) -> tuple[jax.Array, ...]:
     """The end of a network: [B, H, W, D] -> logits [B, C], embedding [B, D], class maps [B, H, W, C], all float32, and
     the map itself.
 
     The embedding is the global average, the logits are the classifier's. The class maps are the classifier at each
     position, so that their average is the logits (Zhou et al. 2016, arXiv:1512.04150). Weights N(0, std) and bias 0, or
-    PyTorch's default (std None).
+    PyTorch's default (std None), of which zero_bias leaves the bias out.
     """
     kernel_init = torch_default if std is None else nn.initializers.normal(std)
-    bias_init = torch_default_bias(x.shape[-1]) if std is None else nn.initializers.zeros
+    bias_init = nn.initializers.zeros if zero_bias or std is not None else torch_default_bias(x.shape[-1])
     classifier = nn.Dense(num_classes, kernel_init=kernel_init, bias_init=bias_init, name=name)
     x = Cut(LAST)(promote(x))
     embedding = x.mean((1, 2))

@@ -55,7 +55,7 @@ class WideResNet(nn.Module):
                 x = Cut(stage)(x)
             features.append(x)
         preactivations.append(Cut(3)(BatchNorm(name="bn1")(x, train)))
-        logits, embedding, class_maps, x = head(nn.relu(preactivations[-1]), self.num_classes, "fc")
+        logits, embedding, class_maps, x = head(nn.relu(preactivations[-1]), self.num_classes, "fc", zero_bias=True)
         cuts = Cuts([*features[:-1], preactivations[-1]], activated=False)
         return Outputs.of(logits, features, embedding, preactivations, class_maps, x, cuts)
 
