@@ -1,8 +1,10 @@
 """JSON files of runs and results, which are whole or not there; and where the user's cache is. Imports no JAX."""
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,16 @@ def write_json(path: Path, value: Any) -> None:
     fresh = path.with_name(f"{path.name}.new")
     fresh.write_text(json.dumps(value, indent=1) + "\n")
     fresh.replace(path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError as a run writes its files names the place, and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
+        raise OSError(f"{path} cannot be written: {why}; make room, and start again: a run goes on") from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ its workdir, by step, beside a checksum.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -108,11 +109,34 @@ def load_network(
 ) -> tuple[Any, dict[str, Any]]:
     """Reads a network folder: (variables, metadata), as NumPy arrays; floating point as float32.
 
+    A run may save another network there meanwhile.
+
     Args:
       path: the folder.
       name, num_classes, class_names: what the caller expects; ValueError where the folder says otherwise.
       field: the config field that named the folder, for the errors.
     """
+    while True:
+        before = _saved_at(path)
+        try:
+            return _load_network(path, name, num_classes, class_names, field)
+        except (ValueError, FileNotFoundError):
+            if _saved_at(path) == before:
+                raise
+
+
+def _saved_at(path: str | os.PathLike) -> tuple[int, int] | None:
+    """What tells one save of a network folder from another; None where there is none."""
+    try:
+        found = (Path(path).expanduser() / "metadata.json").stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _load_network(
+    path: str | os.PathLike, name: str | None, num_classes: int | None, class_names: Sequence[str], field: str
+) -> tuple[Any, dict[str, Any]]:
     metadata = read_metadata(path, field)
     path = Path(path).expanduser().absolute()
     if name is not None and metadata["network"].lower() != name.lower():
@@ -149,7 +173,8 @@ def _hush() -> None:
     """Keeps the traces of what fails beside a first failure off the console, for good.
 
     Where one of a checkpoint's arrays cannot be read or written, Orbax gives up and closes its event loop; the others
-    then fail to report to it, or are reported by asyncio, by a trace each, on top of the error that matters.
+    then fail to report to it, or are reported by asyncio, by a trace each, on top of the error that matters. Orbax logs
+    that one as well, once for each of its threads and layers, before it raises it.
     """
     hook = sys.unraisablehook
 
@@ -159,18 +184,22 @@ def _hush() -> None:
 
     sys.unraisablehook = hushed
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
+    orbax = str(Path(ocp.__file__).parent)
+    logging.get_absl_logger().addFilter(
+        lambda record: record.levelno < std_logging.ERROR or not record.pathname.startswith(orbax)
+    )
 
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """OSError in place of what TensorStore says of a full disk."""
+    """`_files.writing`, and OSError in place of what TensorStore says of a full disk."""
     _hush()
-    try:
-        yield
-    except ValueError as error:
-        full = "RESOURCE_EXHAUSTED" in str(error)
-        why = "the disk is full" if full else _first_line(error)
-        raise OSError(f"{path} cannot be written: {why}; make room, and start again: a run goes on") from error
+    with _files.writing(path):
+        try:
+            yield
+        except ValueError as error:
+            full = "RESOURCE_EXHAUSTED" in str(error)
+            raise OSError(errno.ENOSPC if full else errno.EIO, _first_line(error)) from error
 
 
 def _check_readable(error: Exception, what: str) -> None:

@@ -3,6 +3,7 @@
 Without tensorboardX there are no event files, which is said once; without tqdm, no progress bar.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -34,12 +35,13 @@ class Writer:
         label: str = "",  # before each line on the console
     ):
         self._label = f"{label} | " if label else ""
-        path = Path(workdir) / "metrics.jsonl"
+        self._path = path = Path(workdir) / "metrics.jsonl"
         kept = [line for line in _files.read_lines(path) if line["step"] <= step]
         fresh = path.with_suffix(".new")
-        fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        fresh.replace(path)
-        self._file = path.open("a")
+        with _files.writing(path):
+            fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            fresh.replace(path)
+            self._file = path.open("a")
         try:
             from tensorboardX import SummaryWriter  # here: where torch is installed it imports that, for seconds
         except ModuleNotFoundError:
@@ -65,10 +67,11 @@ class Writer:
     def write(self, step: int, kind: str, metrics: Mapping[str, float]) -> None:
         """Writes the metrics as of `step`, of one kind: "train" or "test"."""
         epoch = step / self._steps_per_epoch
-        self._file.write(json.dumps({"step": step, "epoch": round(epoch, 4), "kind": kind, **metrics}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items() if self._board else ():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        with _files.writing(self._path):
+            self._file.write(json.dumps({"step": step, "epoch": round(epoch, 4), "kind": kind, **metrics}) + "\n")
+            self._file.flush()
+            for name, value in metrics.items() if self._board else ():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
         line = f"{kind:5} step {step}/{self._num_steps} epoch {epoch:.2f}"
         for name, value in metrics.items():
             alone = name == "label" and value == metrics.get("loss")  # the only term
@@ -87,9 +90,10 @@ class Writer:
         """Finishes the files."""
         if self._bar is not None:
             self._bar.close()
-        self._file.close()
-        if self._board:
-            self._board.close()
+        with _files.writing(self._path), contextlib.ExitStack() as both:
+            if self._board:
+                both.callback(self._board.close)
+            self._file.close()
 
 
 class Silent:

@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 import pytest
 from conftest import REAL, ROOT
-from PIL import Image
+from PIL import ExifTags, Image
 
 from rkd_jax import data
 from rkd_jax.data import __main__ as prepare_command
@@ -524,6 +524,11 @@ def test_folder_with_splits(tmp_path):
     ):
         data.load(f"folder:{tmp_path}")
     (tmp_path / "val" / "dog").mkdir()
+    (tmp_path / "train" / "dog" / "photo.HEIC").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"train has no image of cat, dog to train on; add some"):
+        data.load(f"folder:{tmp_path}")
+    for name in ("cat", "dog"):
+        Image.new("RGB", (12, 10)).save(tmp_path / "train" / name / "0.jfif", format="jpeg")
     assert data.load(f"folder:{tmp_path}").num_classes == 4
 
 
@@ -582,3 +587,36 @@ def test_folder_errors(tmp_path):
     (tmp_path / "bee" / "text.png").write_text("words")
     with pytest.raises(ValueError, match=r"text.png is no image that PIL reads"):
         data.load(f"folder:{tmp_path}")
+    (tmp_path / "bee" / "text.png").unlink()
+    (tmp_path / "bee" / "none.png").symlink_to("absent")
+    with pytest.raises(ValueError, match=r"none.png cannot be read: .*; remove it or replace it"):
+        data.load(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp", "tiff"])
+def test_image_that_is_cut_short_is_named(tmp_path, kind):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"whole.{kind}")
+    whole = (tmp_path / f"whole.{kind}").read_bytes()
+    write_folder(tmp_path / "set", {"ape": 10, "bee": 10})
+    for length in (0, 10, 30, 100, len(whole) // 2):
+        (tmp_path / "set" / "bee" / f"cut.{kind}").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=rf"bee/cut.{kind} (is|cannot be read)"):
+            data.load(f"folder:{tmp_path}/set")
+
+
+def test_photos_are_upright_and_hidden_files_passed_over(tmp_path, caplog):
+    write_folder(tmp_path, {"ape": 10, "bee": 10}, size=(12, 12))
+    wide = np.zeros((6, 12, 3), np.uint8)
+    wide[:, :6] = 255  # as the sensor has it: the left half is bright
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # turned to the right to be seen
+    Image.fromarray(wide).save(tmp_path / "bee" / "z.jpg", exif=exif, quality=100)
+    (tmp_path / "bee" / "._z.jpg").write_bytes(b"of a file manager")
+    (tmp_path / "bee" / "notes.txt").write_text("mine")
+    splits = data.load(f"folder:{tmp_path}", image_size=12)
+    photo = splits.train.images[-1]
+    assert photo[:5].min() > 250
+    assert photo[-5:].max() < 5
+    assert "files of other suffixes than .avif, .bmp" in caplog.text
+    assert caplog.text.endswith("are passed over: 1 .txt\n")

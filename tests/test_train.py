@@ -1,21 +1,26 @@
 """The loop: the recipe, resuming, and what stops a run."""
 
+import itertools
 import json
+import logging as std_logging
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import unittest.mock
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from absl import logging
 from conftest import ROOT, SLOW
 from ml_collections import ConfigDict
 from PIL import Image
@@ -760,6 +765,48 @@ def test_traces_of_closed_loops_alone_are_hushed(monkeypatch):
     for message in ("Event loop is closed", "something else"):
         sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(message)))
     assert [str(each.exc_value) for each in seen] == ["something else"]
+
+
+def test_orbax_logs_no_error_that_it_raises():
+    checkpoint._hush()
+    folder = Path(checkpoint.ocp.__file__).parent
+    for level, path, shown in (
+        (std_logging.ERROR, folder / "future.py", False),
+        (std_logging.WARNING, folder / "future.py", True),
+        (std_logging.ERROR, Path(train.__file__), True),
+    ):
+        record = std_logging.LogRecord("absl", level, str(path), 1, "words", None, None)
+        assert bool(logging.get_absl_logger().filter(record)) == shown
+
+
+def test_a_network_is_read_while_a_run_saves_others_there(tmp_path):
+    facts = {"network": "resnet8", "num_classes": 10, "mean": [0.5], "std": [0.2]}
+    stop = threading.Event()
+
+    def save():
+        for i in itertools.count():
+            variables = {"params": {"kernel": np.full((300, 300), float(i), np.float32)}}
+            checkpoint.save_network(tmp_path / "last", variables, facts)
+            first.set()
+            if stop.is_set():
+                return
+
+    first, thread = threading.Event(), threading.Thread(target=save)
+    thread.start()
+    try:
+        assert first.wait(60)
+        seen = [checkpoint.load_network(tmp_path / "last")[0]["params"]["kernel"] for _ in range(25)]
+    finally:
+        stop.set()
+        thread.join()
+    assert all((kernel == kernel[0, 0]).all() for kernel in seen)
+    assert len({kernel[0, 0] for kernel in seen}) > 1  # there were several
+
+
+def test_a_full_disk_is_named_where_metrics_are_written():
+    said = r"a/metrics.jsonl cannot be written: the disk is full; make room, and start"
+    with pytest.raises(OSError, match=said), _files.writing("a/metrics.jsonl"), open("/dev/full", "w") as file:
+        file.write("words")
 
 
 def test_a_full_disk_is_named(tmp_path, monkeypatch):

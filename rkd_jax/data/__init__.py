@@ -54,7 +54,7 @@ def load(
         _check_size(name, image_size)
         splits = importlib.import_module(f"{__name__}.{name}").load(data_dir)
     else:
-        near = difflib.get_close_matches(name, names(), n=1)
+        near = difflib.get_close_matches(name.lower().replace("-", ""), names(), n=1)
         raise ValueError(
             f"config.dataset={name!r} is no data set"
             + (f"; did you mean {near[0]!r}?" if near else ".")

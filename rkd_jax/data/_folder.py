@@ -3,12 +3,18 @@
 PATH/train/CLASS/... and PATH/test/CLASS/... (or val/, valid/, validation/), or PATH/CLASS/... alone, from which every
 tenth image of each class, in the order of the file names, is held out for testing. PATH/test/CLASS/... alone is a set
 to test on, without training images. Classes are numbered in the order of their names.
+
+Photos are turned as their EXIF orientation says (JPEG's alone); an alpha channel is left out. Hidden files are passed
+over, and so, with a warning, are those of other suffixes.
 """
 
+import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from absl import logging
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from rkd_jax.data import _prepared
 from rkd_jax.data.base import Split, Splits, moments
@@ -16,7 +22,7 @@ from rkd_jax.data.base import Split, Splits, moments
 HELD_OUT = ("test", "val", "valid", "validation")
 SPLITS = ("train", "training", *HELD_OUT, "testing", "dev", "eval")  # what others call the parts of a set
 DEEP = ("I", "F")  # PIL's modes, or how they begin, of more than 8 bits: its conversion to RGB clips them at 255
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def load(path: str, image_size: int | None = None) -> Splits:
@@ -45,6 +51,11 @@ def load(path: str, image_size: int | None = None) -> Splits:
             "name them train/ and test/"
         )
     files = [_files(part, classes) for part in parts]
+    there = {label for _, label in files[0]}
+    if parts != [held_out] and (empty := [name for label, name in enumerate(classes) if label not in there]):
+        raise ValueError(
+            f"{parts[0]} has no image of {', '.join(empty)} to train on; add some, or remove the sub-folder"
+        )
     shape = _shape([file for part in files for file, _ in part], image_size)
     splits = [
         Split(np.stack([_read(file, shape) for file, _ in part]), np.array([label for _, label in part], np.int32))
@@ -72,12 +83,17 @@ def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
             f"{folder} lacks the classes {', '.join(missing)} of training; a class without images here is "
             "an empty sub-folder"
         )
-    found = [
+    files = [
         (file, label)
         for label, name in enumerate(classes)
         for file in sorted((folder / name).rglob("*"))
-        if file.suffix.lower() in SUFFIXES
+        if not file.is_dir() and not file.name.startswith(".")
     ]
+    found = [(file, label) for file, label in files if file.suffix.lower() in SUFFIXES]
+    others = Counter(file.suffix.lower() or file.name for file, _ in files if file.suffix.lower() not in SUFFIXES)
+    if others:
+        what = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        logging.warning("%s: files of other suffixes than %s are passed over: %s", folder, ", ".join(SUFFIXES), what)
     if len(classes) < 2 or not found:
         raise ValueError(
             f"config.dataset='folder:...': {folder} holds {len(found)} images in {len(classes)} sub-folders; "
@@ -92,7 +108,7 @@ def _shape(files: list[Path], image_size: int | None) -> tuple[int, int, int]:
     sizes, modes = set(), set()
     for file in files:
         with _open(file) as image:
-            sizes.add(image.size)
+            sizes.add(image.size[::-1] if _orientation(image) >= 5 else image.size)
             modes.add(image.mode)
             if image.mode.startswith(DEEP):
                 raise ValueError(f"{file} has more than 8 bits a pixel (PIL's mode {image.mode}); convert it to 8")
@@ -103,14 +119,24 @@ def _shape(files: list[Path], image_size: int | None) -> tuple[int, int, int]:
 def _read(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
     with _open(file) as image:
         try:
-            pixels = np.asarray(image.convert("L" if shape[-1] == 1 else "RGB"))
-        except OSError as error:
+            upright = ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
+            pixels = np.asarray(upright.convert("L" if shape[-1] == 1 else "RGB"))
+        except (OSError, SyntaxError) as error:
             raise ValueError(f"{file} is damaged: {error}") from error
     return _prepared.resize(pixels.reshape(*pixels.shape[:2], shape[-1]), shape)
 
 
+def _orientation(image: Image.Image) -> int:
+    """EXIF's: 1 is upright, and from 5 on width and height change places. A PNG's would take decoding to know."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1) if image.format in ("JPEG", "MPO") else 1
+
+
 def _open(file: Path) -> Image.Image:
     try:
-        return Image.open(file)
+        with warnings.catch_warnings():  # of what is damaged in ways that matter little
+            warnings.simplefilter("ignore", UserWarning)
+            return Image.open(file)
     except UnidentifiedImageError as error:
         raise ValueError(f"{file} is no image that PIL reads; remove it or replace it") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} cannot be read: {error}; remove it or replace it") from error
