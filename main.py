@@ -1,4 +1,4 @@
-"""Distils an image classifier: python main.py --config configs/cifar100_res32x4_res8x4.py --config.lam=5.0."""
+"""python main.py --config configs/cifar100_res32x4_res8x4.py --config.lam=5.0, or any field of configs/default.py."""
 
 import os
 import platform

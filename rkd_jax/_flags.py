@@ -50,6 +50,10 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
         while cause and not (place := own_code(cause)):  # what the config's file raised, if it was that
             cause = cause.__context__
         said = re.sub(r"\('Non-boolean argument.*\)", "not a boolean; write True or False", str(error))
+        if isinstance(error, flags.UnrecognizedFlagError) and error.flagname in (config.value or ()):
+            said = f"--{error.flagname} is no flag; write --config.{error.flagname}"
+        if "before a value for --config was specified" in said:
+            said = f"{said.rstrip('.')}; put --config=FILE first"
         sys.exit("Error: " + (f"--config: {cause}\n(in {place})" if cause else said.removeprefix("flag ")))
     except SyntaxError as error:
         sys.exit(f"Error: --config: {error.filename}, line {error.lineno}: {error.msg}")

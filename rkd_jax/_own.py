@@ -14,6 +14,9 @@ def load(name: str, field: str, what: str) -> Callable[..., Any]:
     """
     module, _, attribute = name.partition(":")
     mend = f"write it as my_module:{what}, with my_module.py in the working directory or installed"
+    inner, dot, last = attribute.rpartition(".")
+    if dot:
+        mend = f"write it as {module}.{inner}:{last}"
     if not module or not attribute:
         raise ValueError(f"{field}={name!r} is no name; {mend}")
     try:

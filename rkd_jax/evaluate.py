@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from ml_collections import ConfigDict
@@ -19,7 +20,7 @@ from rkd_jax.data import augment
 class Restored:
     """A network from disk: called with uint8 images [B, H, W, K], it returns its `models.Outputs` of them.
 
-    ValueError for images of another type: those of floats in 0..1 would be scaled twice.
+    ValueError for images of another type (those of floats in 0..1 would be scaled twice) or form.
     """
 
     network: nn.Module
@@ -29,6 +30,9 @@ class Restored:
 
     def __call__(self, images: jax.Array) -> models.Outputs:
         """Normalises and applies; `jax.jit` takes it as it is."""
+        images, channels = jnp.asarray(images), len(self.normalization.mean)
+        if images.ndim != 4 or images.shape[-1] != channels:
+            raise ValueError(f"images have the shape {images.shape}; give a batch of them, [B, H, W, {channels}]")
         if images.dtype != np.uint8:
             raise ValueError(f"images are {images.dtype}; give uint8 from 0 to 255, as they come from a file")
         return self.network.apply(self.variables, augment.normalize(images, *self.normalization), train=False)
@@ -41,6 +45,8 @@ def restore(
 
     ValueError or FileNotFoundError, that names the flag `field`, where there is no such network.
     """
+    if len(image_shape) != 3:
+        raise ValueError(f"image_shape={tuple(image_shape)}; give height, width and channels, such as (32, 32, 3)")
     classes = {"num_classes": splits.num_classes, "class_names": splits.class_names} if splits else {}
     variables, metadata = checkpoint.load_network(path, field=field, **classes)
     network = models.create(

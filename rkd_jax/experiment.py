@@ -89,8 +89,14 @@ class Fields:
     def __init__(self, config: Mapping[str, Any]):
         self._config = dict(config)
         self._read: set[str] = set()
+        self._methods: set[str] = set()
 
     def __getattr__(self, name: str) -> Any:
+        if name in self._methods:
+            raise ValueError(
+                f"config.method={self._config['method']!r} has a field {name!r}, and so has every config; name the "
+                "method's otherwise"
+            )
         if name not in self._config:
             raise ValueError(f"the config lacks the field {name!r}; start from configs/default.py, which has it")
         if self._config[name] is None and name not in UNSET:
@@ -102,9 +108,10 @@ class Fields:
         """Gives values to fields that are None."""
         self._config |= {name: value for name, value in values.items() if self._config.get(name, value) is None}
 
-    def pass_over(self, names: Iterable[str]) -> None:
-        """Counts fields as read, which someone else has done."""
+    def pass_over(self, names: Iterable[str], of_method: bool = False) -> None:
+        """Counts fields as read, which someone else has done; of a method, they must be of no one else."""
         self._read.update(names)
+        self._methods.update(names if of_method else ())
 
     def one_of(self, name: str, choices: Mapping[str, Any] | tuple[str, ...]) -> str:
         """The value of a field that names one of a few choices."""
@@ -139,7 +146,8 @@ def build(config: ConfigDict) -> Experiment:
     fields = Fields(values)
 
     method = create_method(config)
-    fields.pass_over(_method_fields(values) | {"method"})
+    fields.pass_over(_method_fields(values), of_method=True)
+    fields.pass_over(["method"])
     views = VIEWS[fields.one_of("views", VIEWS)]
     dtype = jnp.dtype(fields.one_of("dtype", ("float32", "bfloat16")))
     if method.joint_views and len(views) == 1:
@@ -214,7 +222,13 @@ def build(config: ConfigDict) -> Experiment:
     resolved |= dict.fromkeys(unused) | methods.hyperparameters(method) | prints
     resolved = json.loads(json.dumps(resolved))
     networks = student, student_variables, teacher, teacher_variables
-    return Experiment(resolved, splits, *networks, method, recipe, loop, schedule, method.wrap_optimizer(tx))
+    wrapped = method.wrap_optimizer(tx)
+    if not isinstance(wrapped, optax.GradientTransformation):
+        raise ValueError(
+            f"config.method={fields.method!r}: its wrap_optimizer returned a {type(wrapped).__name__}; return an "
+            "optax.GradientTransformation"
+        )
+    return Experiment(resolved, splits, *networks, method, recipe, loop, schedule, wrapped)
 
 
 def _loop(fields: Fields, split: data.Split, steps_per_epoch: int, num_steps: int) -> Loop:

@@ -57,7 +57,8 @@ def create_optimizer(name: str, schedule: optax.Schedule, **options: Any) -> opt
     except TypeError as error:
         raise ValueError(f"{field}: {error}; it is called as factory(learning_rate=schedule, ...)") from error
     if not isinstance(tx, optax.GradientTransformation):
-        raise ValueError(f"{field} returned a {type(tx).__name__}; return an optax.GradientTransformation")
+        way = "; its .gradient_transformation() is one" if hasattr(tx, "gradient_transformation") else ""
+        raise ValueError(f"{field} returned a {type(tx).__name__}; return an optax.GradientTransformation{way}")
     if options["weight_decay"] and "weight_decay" not in taken(name):
         raise ValueError(f"{field} takes no weight_decay; set config.weight_decay=0, or take another")
     return tx

@@ -78,7 +78,7 @@ def release(workdir: Path) -> None:
 def finished(workdir: Path) -> dict[str, Any] | None:
     """The summary of the finished run that a folder holds; None where it holds none."""
     path = workdir / "summary.json"
-    return _files.read_json(path) if path.exists() else None
+    return _files.read_json(path, needed={"best", "last"}) if path.exists() else None
 
 
 @contextlib.contextmanager

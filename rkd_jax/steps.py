@@ -164,6 +164,8 @@ def create_state(
         teacher_shapes = jax.eval_shape(lambda v: teacher.apply(v, images, train=False), teacher_variables)
     initial = method.init(method_rng, student_shapes, teacher_shapes, num_examples)
     method_params, method_state = _initialised(method, initial)
+    if "params" not in variables:
+        raise ValueError("config.student has no parameters, and so nothing to train; name another network")
     params = {"student": variables["params"], "method": method_params}
     # What cannot be deployed is an error here, and not after the first epoch.
     deployed = jax.eval_shape(functools.partial(method.deploy, student, images), variables, method_params, method_state)
@@ -496,6 +498,9 @@ def _update(
         grads = pullback((one, one))[0]
     with optim.used():
         updates, opt_state = learner.tx.update(grads, state.opt_state, state.params, **extra)
+        if different := difference(updates, state.params, np.shape):
+            name, found, expected = different
+            raise ValueError(f"its update of {name} has the shape {found}, where the parameter has {expected}")
     metrics = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
     bad = (state.bad_step < 0) & ~jnp.isfinite(metrics["loss"])
     state = TrainState(

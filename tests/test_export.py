@@ -69,6 +69,10 @@ def logits_of(path, images):
     restored = evaluate.restore(path, images.shape[1:])
     with pytest.raises(ValueError, match="images are float32; give uint8 from 0 to 255"):
         restored(images / np.float32(255))
+    with pytest.raises(ValueError, match=r"images have the shape \(16, 16, 3\); give a batch of them, \[B, H, W, 3\]"):
+        restored(images[0])
+    with pytest.raises(ValueError, match=r"image_shape=\(16, 16\); give height, width and channels"):
+        evaluate.restore(path, images.shape[1:3])
     return np.asarray(jax.jit(restored)(images).logits), restored.normalization
 
 

@@ -641,6 +641,8 @@ def test_unknown_names_suggest_the_nearest():
     ("name", "fields", "message"),
     [
         ("kd", {"temperature": 0.0}, "config.temperature=0.0 has to be above 0; unset, it is 4.0"),
+        ("kd", {"temperature": "4"}, "config.temperature='4' has to be a number; unset, it is 4.0"),
+        ("kd", {"temperature": None}, "config.temperature=None has to be a number"),
         ("kd", {"temperature": float("nan")}, "config.temperature=nan has to be finite"),
         ("kd", {"beta": float("inf")}, "config.beta=inf has to be finite"),
         ("ranking_alignment", {"eps": -1.0}, "config.eps=-1.0 has to be above 0; unset, it is 1.0"),
@@ -742,6 +744,11 @@ def test_a_method_of_ones_own(tmp_path, monkeypatch, capsys):
         ("plain", ("@dataclasses.dataclass(frozen=True)", ""), "has 'strength', which is no field; write @dataclass"),
         ("bare", (": float = 0.1", ": float"), "has 'strength' without a default; give it one"),
         ("idle", ("def loss", "def lost"), "has no loss; write one"),
+        (
+            "short",
+            ("state, student, teacher, batch, context", "batch"),
+            r"has a loss that .*; write def loss\(self, pa",
+        ),
         ("thawed", ("(frozen=True)", ""), ": thawed cannot be imported, mend it there: cannot inherit non-frozen"),
         ("torn", ("class Method(", "class Method(("), ": torn cannot be imported, mend it there: "),
     ):

@@ -530,7 +530,15 @@ class Pair(nn.Module):
     def __call__(self, images, train=False):
         return images, {}
 
+class Signs(nn.Module):
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        return nn.Dense(self.num_classes)(images.mean((1, 2))) > 0
+
 def logits(num_classes): return Net(num_classes)
+def signs(num_classes): return Signs(num_classes)
 def outputs(num_classes, dtype): return Net(num_classes, full=True)
 def bare_cuts(num_classes): return Net(num_classes, full="cuts")
 def no_train(num_classes): return NoTrain()
@@ -587,6 +595,7 @@ def test_own_network_without_embedding_has_no_tsne(own, tmp_path):
         ("own_networks:no_module", "returned a int; return a flax.linen.Module"),
         ("own_networks:no_classes", r"it is called as factory\(num_classes=7\)"),
         ("own_networks:wrong_classes", r"logits of shape \(2, 7\)"),
+        ("own_networks:signs", "returned logits of bool, which have no gradient; return floats"),
         ("own_networks:bare_cuts", r"returned a tuple as cuts; return rkd_jax\.models\.Cuts\(maps"),
         ("own_networks:pair", r"returned a tuple for 2 images of 7 classes; return rkd_jax.models.Outputs"),
     ],

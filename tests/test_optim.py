@@ -109,6 +109,15 @@ def two_traces(learning_rate, momentum):
     return optax.chain(optax.trace(momentum), optax.sgd(learning_rate, momentum))
 
 
+def summed(learning_rate):
+    """Its updates have no shape, and would be broadcast."""
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda x: -learning_rate(0) * x.sum(), updates))
+
+
+def every_second(learning_rate):
+    return optax.MultiSteps(optax.sgd(learning_rate), 2)
+
+
 def test_own_optimizer_is_given_what_it_takes():
     tx = optim.create_optimizer("test_optim:clipped", lambda step: 0.5, momentum=0.9)
     updates, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
@@ -129,6 +138,8 @@ def test_own_optimizer_is_given_what_it_takes():
         ("optax:__version__", "is a str, which cannot be called"),
         (":adam", "is no name; write it as my_module:factory"),
         ("test_optim:with_decay_alone", r".*; it is called as factory\(learning_rate=schedule, ...\)"),
+        ("optax:contrib.muon", r".*; write it as optax.contrib:muon"),
+        ("test_optim:every_second", r"returned a MultiSteps; .*; its .gradient_transformation\(\) is one"),
         ("test_optim:no_optimizer", "returned a float; return an optax.GradientTransformation"),
     ],
 )
@@ -176,6 +187,10 @@ def test_run_by_another_optimizer_goes_on(tiny, tmp_path, stopped, capsys):
         (
             {"optimizer": "optax:lbfgs", "weight_decay": 0.0},
             r"config\.optimizer cannot be used here: .*'value'.* It is given the gradients",
+        ),
+        (
+            {"optimizer": "test_optim:summed", "weight_decay": 0.0},
+            r"config\.optimizer cannot be used here: its update of \S+ has the shape \(\), where the parameter has \(",
         ),
         ({"optimizer": "test_optim:noisy", "weight_decay": 0.0}, r"config\.optimizer keeps a jax\.random\.key in its"),
     ],

@@ -13,7 +13,7 @@ from PIL import Image
 from test_methods import MINE
 
 from configs import cifar100_res56_res20
-from rkd_jax import data, evaluate, experiment, runs, train
+from rkd_jax import data, evaluate, experiment, run_folder, runs, train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -190,6 +190,43 @@ def test_command_evaluates_a_run_without_its_config(tiny, tmp_path):
     assert ran.stdout.count("(7 test images of digits)") == 2
     again = json.loads((tmp_path / "evaluation.json").read_text())["command"]
     assert again.endswith(f"main.py --mode=eval --workdir={tmp_path} --config.num_test=7")  # and no config is named
+
+
+MOMENTUM = """
+import dataclasses
+from rkd_jax.methods import kd
+
+@dataclasses.dataclass(frozen=True)
+class Method(kd.Method):
+    momentum: float = 0.99
+
+@dataclasses.dataclass(frozen=True)
+class Unwrapped(kd.Method):
+    def wrap_optimizer(self, tx):
+        return None
+"""
+
+
+def test_method_of_ones_own_that_does_not_fit_the_config_or_the_optimizer(tiny, tmp_path, monkeypatch):
+    (tmp_path / "own_momentum.py").write_text(MOMENTUM)
+    monkeypatch.syspath_prepend(tmp_path)
+    for fields in ({}, {"compare": True}):
+        with pytest.raises(
+            ValueError, match="has a field 'momentum', and so has every config; name the method's other"
+        ):
+            runs.run(tiny(method="own_momentum:Method", **fields), tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"its wrap_optimizer returned a NoneType; return an optax.GradientTransformat"
+    ):
+        runs.run(tiny(method="own_momentum:Unwrapped"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_summary_is_named(tiny, tmp_path):
+    run_folder.claim(tmp_path, experiment.build(tiny()).config)
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"summary.json lacks best, last; remove it, and the same command makes it ag"):
+        runs.run(tiny(), tmp_path)
 
 
 def test_weights_to_begin_with_are_the_last_students_alone(resnets):

@@ -831,13 +831,15 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         ("--config.lerning_rate=1", 'Did you mean "learning_rate"'),
         SLOW("--config.lam=much", "Error: --config.lam=much: "),
         ("--config.smoke=Foo", "Error: --config.smoke=Foo: not a boolean; write True or False"),
+        SLOW("--lam=3", "Error: --lam is no flag; write --config.lam"),
+        SLOW("--config.seed=1 --config=configs/digits.py", "--config was specified; put --config=FILE first"),
         SLOW("--mod=eval", "Error: Unknown command line flag 'mod'. Did you mean: mode ?"),
         SLOW("--config=configs/none.py", "configs/none.py"),
         SLOW("config.lam=1", "'config.lam=1' is no flag; write --config.FIELD=VALUE"),
     ],
 )
 def test_main_reports_a_users_error_in_one_sentence(tmp_path, flag, message):
-    command = [sys.executable, "main.py", "--workdir", str(tmp_path / "run"), flag]
+    command = [sys.executable, "main.py", "--workdir", str(tmp_path / "run"), *flag.split()]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode != 0
     assert "Traceback" not in result.stderr

@@ -59,7 +59,16 @@ def _complaint(method: type[Distiller]) -> str:
         _kinds(method)
     except NameError as error:
         return f"has a field of a type that is not defined: {error}"
-    return "has no loss; write one" if method.loss is Distiller.loss else ""
+    if method.loss is Distiller.loss:
+        return "has no loss; write one"
+    for name in ("init", "loss", "deploy", "wrap_optimizer"):
+        given = inspect.signature(getattr(Distiller, name))
+        try:
+            inspect.signature(getattr(method, name)).bind(*given.parameters)
+        except TypeError as error:
+            names = ", ".join(given.parameters)
+            return f"has a {name} that cannot be called ({error}); write def {name}({names})"
+    return ""
 
 
 def create(name: str, **fields: Any) -> Distiller:

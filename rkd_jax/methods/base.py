@@ -91,7 +91,9 @@ class Distiller:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             holds, claim = field.metadata.get("claim", (lambda value: True, ""))
-            if isinstance(value, float) and not math.isfinite(value):
+            if isinstance(field.default, float) and isinstance(value, str | None):
+                holds, claim = (lambda value: False), "has to be a number"
+            elif isinstance(value, float) and not math.isfinite(value):
                 holds, claim = (lambda value: False), "has to be finite"
             if not holds(value):
                 raise ValueError(f"config.{field.name}={value!r} {claim}; unset, it is {field.default!r}")

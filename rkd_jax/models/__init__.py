@@ -147,6 +147,10 @@ class Adapter(nn.Module):
                 f"network {self.name_given!r} returned {what} for {count} images of {self.num_classes} classes; "
                 f"return rkd_jax.models.Outputs, or logits of shape ({count}, {self.num_classes})"
             )
+        if not jnp.issubdtype(logits.dtype, jnp.floating):
+            raise ValueError(
+                f"network {self.name_given!r} returned logits of {logits.dtype}, which have no gradient; return floats"
+            )
         outputs = Outputs.of(*found) if isinstance(found, Outputs) else Outputs.of(found)
         if not isinstance(outputs.cuts, Cuts | None):
             kind = type(outputs.cuts).__name__
