@@ -130,7 +130,7 @@ def test_processes_that_would_train_apart_are_told(slow, tmp_path, monkeypatch, 
 def test_processes_that_diverge_end_together(slow, tmp_path):
     """Though one saves after every call, and looks at the losses then, and the other does not."""
     where = f"localhost:{free_port()},{{}},2"
-    fields = {"method": "cross_entropy", "learning_rate": 1e12, "log_every": 15}
+    fields = {"method": "cross_entropy", "learning_rate": 1e12, "log_every": 4, "num_steps": 8}
     configs = [slow(**fields, checkpoint_seconds=seconds) for seconds in (0.0, 1000.0)]
     started = [start(config, tmp_path / "run", where=where.format(i)) for i, config in enumerate(configs)]
     errors = [process.communicate(timeout=300)[1] for process in started]
