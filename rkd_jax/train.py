@@ -471,7 +471,7 @@ def _summary(run: experiment.Experiment, progress: Mapping[str, Any], parameters
         "steps": run.recipe.num_steps,
         "seconds": round(progress["seconds"], 1),
         "together": together,  # students in the program that took these seconds
-        "images_per_second": round(images / progress["seconds"], 1) if images else None,
+        "images_per_second": round(images / progress["seconds"], 1) if progress["seconds"] else None,
         **provenance.record(),
         "config": run.config,
     }
