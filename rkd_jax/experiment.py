@@ -29,6 +29,7 @@ LOG_EVERY = 50  # steps, on a CPU
 STEP_OPTIONS = ("decay_epochs", "decay_factor")  # what the schedule "step" takes
 # Values that do nothing, of the fields that an optimizer or a schedule may not take.
 OFF = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "decay_epochs": (), "decay_factor": 1.0}
+TEACHER = ("teacher", "teacher_checkpoint")  # which some methods do without
 # What a run's config.json has beside the fields, so that it is not gone on with from something else.
 FINGERPRINTS = {
     "teacher_fingerprint": "another network as its teacher",
@@ -322,16 +323,24 @@ def _unused(optimizer: str, schedule: str) -> dict[str, Any]:
 
 
 def check_used(configs: Sequence[ConfigDict], given: Iterable[str]) -> None:
-    """ValueError where a field that was given by hand does nothing with any config's optimizer and schedule."""
-    read = [Fields(config.to_dict()) for config in configs]
-    unused = [_unused(fields.optimizer, fields.one_of("schedule", optim.SCHEDULES)) for fields in read]
-    for field in sorted({*OFF} & {*given} - {"weight_decay"}):  # which is an error, given or not
-        if all(field in names and config[field] != OFF[field] for config, names in zip(configs, unused, strict=True)):
-            owner = "schedule" if field in STEP_OPTIONS else "optimizer"
+    """ValueError where a field that was given by hand, and not switched off, does nothing in any of the configs."""
+    idle = [_idle(config) for config in configs]
+    off = OFF | dict.fromkeys(TEACHER, "")
+    for field in sorted(off.keys() & {*given} - {"weight_decay"}):  # which is an error, given or not
+        if all(field in fields and config[field] != off[field] for config, fields in zip(configs, idle, strict=True)):
+            owner = idle[0][field]
             raise ValueError(
                 f"config.{field}={configs[0][field]!r} does nothing with config.{owner}={configs[0][owner]!r}; leave "
                 "it out"
             )
+
+
+def _idle(config: ConfigDict) -> dict[str, str]:
+    """The fields that do nothing in a config, each with the field that makes it so."""
+    fields = Fields(config.to_dict())
+    unused = _unused(fields.optimizer, fields.one_of("schedule", optim.SCHEDULES))
+    idle = {field: "schedule" if field in STEP_OPTIONS else "optimizer" for field in unused}
+    return idle if methods.load(fields.method).needs_teacher else idle | dict.fromkeys(TEACHER, "method")
 
 
 def create_learner(

@@ -205,6 +205,7 @@ def test_config_that_cannot_be(tiny, tmp_path, fields, complaint):
     [
         ({"optimizer": "optax:adamw"}, ["momentum"], "momentum=0.9", "optimizer"),
         ({"schedule": "cosine"}, ["decay_epochs"], r"decay_epochs=\(.*\)", "schedule"),
+        ({"method": "cross_entropy"}, ["teacher_checkpoint"], "teacher_checkpoint='.*'", "method"),
         ({"sweep": "schedule=cosine decay_factor=0.1,0.2"}, [], "decay_factor=0.1", "schedule"),
         ({"sweep": "schedule=cosine seed=0,1"}, ["decay_factor"], "decay_factor=0.1", "schedule"),
     ],
@@ -218,6 +219,7 @@ def test_field_that_does_nothing_is_an_error_where_it_was_set_by_hand(tiny, tmp_
 def test_field_that_does_something_in_one_of_a_sweep_or_is_off_may_be_set(tiny):
     experiment.check_used([tiny(schedule="cosine"), tiny()], ["decay_factor"])
     experiment.check_used([tiny(optimizer="optax:adamw", momentum=0.0)], ["momentum"])
+    experiment.check_used([tiny(method="cross_entropy", teacher="")], ["teacher"])
 
 
 @pytest.mark.usefixtures("fast_compile")
