@@ -29,6 +29,7 @@ from rkd_jax import (
     _files,
     _flags,
     checkpoint,
+    data,
     evaluate,
     experiment,
     metrics,
@@ -366,23 +367,21 @@ def test_steps_of_a_call_that_no_call_would_have_are_refused(tiny):
 
 
 def test_on_a_gpu_a_call_is_an_epoch_where_all_calls_can_be(tiny, monkeypatch):
-    fields = {"log_every": None, "num_train": 1000, "num_steps": None, "num_epochs": 6}  # 125 steps an epoch
-    assert experiment.build(tiny(**fields)).loop[:3] == (1, 50, 125)
+    split = data.load("digits").train
+
+    def loop(steps_per_epoch=125, num_steps=None, **fields):
+        config = experiment.Fields(tiny(log_every=None, **fields).to_dict())
+        return experiment._loop(config, split, steps_per_epoch, num_steps or 6 * steps_per_epoch)[:2]
+
+    assert loop() == (1, 50)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for changes, steps_per_call, log_every in (
-        ({}, 125, 125),
-        ({"eval_epochs": 2.0}, 125, 125),
-        ({"log_every": 25}, 25, 25),
-        ({"log_every": 50}, 10, 50),
-        ({"eval_epochs": 0.5}, 10, 125),
-        ({"num_steps": 300}, 10, 125),
-        ({"stream": True}, 10, 125),
-        ({"num_train": 1436, "batch_size": 1}, 718, 718),
-        ({"num_train": 1432}, 179, 179),
-        ({"num_train": 392}, 49, 49),
-        ({"num_train": 136}, 10, 50),
-    ):
-        assert experiment.build(tiny(**fields | changes)).loop[:2] == (steps_per_call, log_every), changes
+    assert loop() == loop(eval_epochs=2.0) == (125, 125)
+    assert loop(eval_epochs=0.5) == loop(num_steps=300) == loop(stream=True) == (10, 125)
+    assert loop(1562) == (781, 781)  # in two calls: a signal waits for the end of one
+    assert loop(17) == (10, 50)
+    for log_every, steps_per_call in ((25, 25), (50, 10)):
+        config = experiment.Fields(tiny(log_every=log_every).to_dict())
+        assert experiment._loop(config, split, 125, 750)[:2] == (steps_per_call, log_every)
 
 
 def test_commit_of_another_project_is_none_of_ours(tmp_path, monkeypatch):
