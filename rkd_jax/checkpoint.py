@@ -14,6 +14,7 @@ import logging as std_logging
 import os
 import shutil
 import sys
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,6 +122,7 @@ def load_network(
         try:
             return _load_network(path, name, num_classes, class_names, field)
         except (ValueError, FileNotFoundError):
+            time.sleep(0.01)  # as one folder takes another's place, there is none for a moment
             if _saved_at(path) == before:
                 raise
 

@@ -29,7 +29,7 @@ LOG_EVERY = 50  # steps, on a CPU
 STEP_OPTIONS = ("decay_epochs", "decay_factor")  # what the schedule "step" takes
 # Values that do nothing, of the fields that an optimizer or a schedule may not take.
 OFF = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "decay_epochs": (), "decay_factor": 1.0}
-TEACHER = ("teacher", "teacher_checkpoint")  # which some methods do without
+TEACHER_OPTIONS = ("teacher", "teacher_checkpoint")  # what a method with a teacher takes
 # What a run's config.json has beside the fields, so that it is not gone on with from something else.
 FINGERPRINTS = {
     "teacher_fingerprint": "another network as its teacher",
@@ -325,7 +325,7 @@ def _unused(optimizer: str, schedule: str) -> dict[str, Any]:
 def check_used(configs: Sequence[ConfigDict], given: Iterable[str]) -> None:
     """ValueError where a field that was given by hand, and not switched off, does nothing in any of the configs."""
     idle = [_idle(config) for config in configs]
-    off = OFF | dict.fromkeys(TEACHER, "")
+    off = OFF | dict.fromkeys(TEACHER_OPTIONS, "")
     for field in sorted(off.keys() & {*given} - {"weight_decay"}):  # which is an error, given or not
         if all(field in fields and config[field] != off[field] for config, fields in zip(configs, idle, strict=True)):
             owner = idle[0][field]
@@ -340,7 +340,7 @@ def _idle(config: ConfigDict) -> dict[str, str]:
     fields = Fields(config.to_dict())
     unused = _unused(fields.optimizer, fields.one_of("schedule", optim.SCHEDULES))
     idle = {field: "schedule" if field in STEP_OPTIONS else "optimizer" for field in unused}
-    return idle if methods.load(fields.method).needs_teacher else idle | dict.fromkeys(TEACHER, "method")
+    return idle if methods.load(fields.method).needs_teacher else idle | dict.fromkeys(TEACHER_OPTIONS, "method")
 
 
 def create_learner(
