@@ -87,9 +87,47 @@ def test_gpu_speeds_of_the_docs_are_those_of_results():
     assert gpu_flags.table(found) in (ROOT / "docs" / "speed.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("pair", "curve", "paper"),
+    [
+        ("cifar100_res32x4_res8x4", "resnet32x4-resnet8x4", 77.97),
+        ("cifar100_res56_res20", "resnet56-resnet20", 72.39),
+    ],
+)
+def test_students_of_the_docs_are_those_of_results(pair, curve, paper):
+    found = json.loads((ROOT / "results" / "tables" / "full" / pair / "ranking_alignment-seed0.json").read_text())
+    best, last = f"{found['best']['top1']:.2f}", f"{found['last']['top1']:.2f}"
+    (row,) = (line for line in README.splitlines() if f"full/{pair}/" in line)
+    assert row.endswith(f"| {best} %, best epoch; {last} %, last | {paper} %, the paper's |")
+    tests = _tests(ROOT / "results" / "curves" / f"{curve}.jsonl")
+    assert [tests[-1][key] for key in ("step", "top1")] == [found["last"][key] for key in ("step", "top1")]
+    assert max(tests, key=lambda line: line["top1"])["step"] == found["best"]["step"]
+    mean = statistics.mean(line["top1"] for line in tests[-20:])
+    epoch = found["best"]["step"] // 781
+    page = (ROOT / "docs" / "findings.md").read_text()
+    assert f"| {best}, best epoch ({epoch}); {last}, last; {mean:.2f}, mean of the last twenty |" in page
+    metadata = json.loads((ROOT / "results" / "networks" / pair / "metadata.json").read_text())
+    assert (metadata["top1"], metadata["step"]) == (found["best"]["top1"], found["best"]["step"])
+
+
+def test_ablation_that_has_begun_is_in_the_docs_as_in_results():
+    found = json.loads((ROOT / "results" / "headline_fair_begun.json").read_text())
+    means = []
+    for name in ("cross_entropy", "kd", "ranking_alignment"):
+        row = found["rows"][name]
+        tests = _tests(ROOT / row["curve"])[: found["steps"] // 781]
+        assert tests[-1]["step"] == found["steps"]
+        assert max(line["top1"] for line in tests) == row["best"]
+        assert round(statistics.mean(line["top1"] for line in tests[-10:]), 2) == row["mean_of_epochs_49_to_58"]
+        means.append(f"{row['mean_of_epochs_49_to_58']:.2f}")
+    assert f"seed 0 | {' | '.join(means)} |" in (ROOT / "docs" / "findings.md").read_text()
+
+
+def _tests(curve):
+    return [line for line in map(json.loads, curve.open()) if line["kind"] == "test"]
+
+
 def test_measured_row_of_the_readme_is_that_of_results():
-    cell = ROOT / "results" / "tables" / "full" / "cifar100_res56_res20" / "ranking_alignment-seed0.json"
-    found = json.loads(cell.read_text())
     rows = json.loads((ROOT / "results" / "gpu_flags.json").read_text())["rows"]
     like, best = (
         f"{64e3 / row['milliseconds'][1]:,.0f}"
@@ -99,7 +137,6 @@ def test_measured_row_of_the_readme_is_that_of_results():
     rows = json.loads((ROOT / "results" / "soft_rank_gpu.json").read_text())["rows"]
     (row,) = (r for r in rows if (r["classes"], r["eps"], r["pass"]) == (200, 0.1, "forward+backward"))
     assert f"| {row['ratio']['while_loop']:.1f} times ([results](results/soft_rank_gpu.json))" in README
-    assert f"| {found['best']['top1']:.2f} %, best epoch; {found['last']['top1']:.2f} %, last " in README
 
 
 def test_teacher_of_the_docs_is_the_one_that_is_there():
@@ -113,18 +150,19 @@ def test_teacher_of_the_docs_is_the_one_that_is_there():
     page = (ROOT / "docs" / "findings.md").read_text()
     mean = run["mean_of_the_last_20_tests"]
     assert f"{best}, best epoch (218); {last}, last (225); {mean:.2f}, mean of the last twenty" in page
-    lines = map(json.loads, (results / "curves" / "teacher-resnet32x4.jsonl").open())
-    tests = [line for line in lines if line["kind"] == "test"]
+    tests = _tests(results / "curves" / "teacher-resnet32x4.jsonl")
     assert max(tests, key=lambda line: line["top1"])["step"] == run["best"]["step"] == metadata["step"] == 218 * 781
     assert round(statistics.mean(line["top1"] for line in tests[-20:]), 3) == mean
     assert (tests[-1]["top1"], tests[-1]["epoch"]) == (run["last"]["top1"], 225)
 
 
-def test_views_of_the_docs_are_those_of_results():
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("on_views*.json")), ids=lambda path: path.stem)
+def test_views_of_the_docs_are_those_of_results(path):
     from benchmarks import on_views
 
-    found = json.loads((ROOT / "results" / "on_views.json").read_text())
-    assert on_views.table(found["rows"]) in (ROOT / "docs" / "findings.md").read_text()
+    start, end = f"<!-- {path.stem} -->\n", f"<!-- /{path.stem} -->"
+    table = on_views.table(json.loads(path.read_text())["rows"])
+    assert f"{start}{table}\n{end}" in (ROOT / "docs" / "findings.md").read_text()
 
 
 def test_methods_table_of_the_docs_is_that_of_results():
