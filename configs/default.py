@@ -72,12 +72,13 @@ def get_config() -> ConfigDict:
     config.sweep = ""  # "lam=0.1,1,5" or "eps=1,0.1 seed=0,1": all these students in one program, with one teacher
     config.dtype = "float32"  # of the networks' arithmetic in training, or "bfloat16"; tests and losses stay float32
     config.stream = placeholder(bool)  # read each batch from the host; None: where the set fills half of a device
-    # Steps from one log to the next, over which its metrics are means. None: an epoch, on CPU 50.
+    # Steps from one log to the next, over which its metrics are means. None: on CPU 50, else the largest whole part of
+    # an epoch of 20 to 1,000 steps (all of it, for CIFAR-100 in batches of 64), or 50.
     config.log_every = placeholder(int)
     # Steps that the device does without the host. None: log_every, where epochs and tests are whole numbers of it, else
-    # 10; on CPU 1.
+    # 10; on CPU 1. Another number may round otherwise.
     config.steps_per_call = placeholder(int)
-    config.eval_epochs = 1.0  # epochs from one evaluation to the next
+    config.eval_epochs = 1.0  # epochs from one evaluation to the next, in whole steps
     config.eval_batch_size = 500
     config.checkpoint_seconds = 60.0  # from one checkpoint, best/ and last/ to the next; the end and SIGTERM save too
     config.compare = False  # also train the teacher (where no checkpoint is named) and the student alone

@@ -21,8 +21,10 @@ KINDS = {
 PUT_BACK = "put it back (a finished run has it in its summary.json), or name another folder"
 
 
-def claim(workdir: Path, config: Mapping[str, Any]) -> bool:
+def claim(workdir: Path, config: Mapping[str, Any], alone: bool = False) -> bool:
     """Makes the folder this run's own, if it is no run's yet, and returns whether it was not.
+
+    With `alone`, no other process is at work there: what was killed before it saved anything is no run either.
 
     Raises ValueError where it holds another config's run, naming the differences, or something else.
     """
@@ -33,7 +35,7 @@ def claim(workdir: Path, config: Mapping[str, Any]) -> bool:
         if not path.exists() and has_begun(workdir):
             raise ValueError(f"--workdir={workdir} holds a run, but no config.json that says of what; {PUT_BACK}")
         workdir.mkdir(parents=True, exist_ok=True)
-        if free := not path.exists():
+        if free := not path.exists() or (alone and not has_begun(workdir)):
             _files.write_json(path, config)
         elif not os.access(workdir, os.W_OK):
             raise PermissionError("no permission")
@@ -82,12 +84,13 @@ def finished(workdir: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder, which is made, and removes what a kill left of a save.
+def locked(workdir: Path) -> Iterator[bool]:
+    """Keeps other runs out of a folder, which is made, and removes what a kill left of a save; yields whether it could.
 
     Does nothing where a folder cannot be locked (NFS, Windows). The lock is on the folder itself, so that nothing of it
     is left behind, whatever becomes of the process.
     """
+    alone = False
     with contextlib.ExitStack() as stack:
         try:
             import fcntl  # which Windows has not
@@ -97,9 +100,10 @@ def locked(workdir: Path) -> Iterator[None]:
             stack.callback(os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a child of this process may have it open still
+            alone = True
             checkpoint.remove_unfinished(workdir / "checkpoints")
         except BlockingIOError:
             raise ValueError(f"--workdir={workdir}: another run trains there; wait for it, or stop it") from None
         except (OSError, ImportError):
             pass  # what cannot be written is told by `claim`
-        yield
+        yield alone

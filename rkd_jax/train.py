@@ -51,7 +51,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
       Diverged, a FloatingPointError: the loss is not finite; the last good checkpoint stays.
       MemoryError: the device's memory does not suffice; the last checkpoint stays.
       OSError: JAX can start no device, or the disk is full.
-      SystemExit: SIGTERM or SIGINT came; the state is saved.
+      SystemExit: SIGTERM or SIGINT came; the state is saved, or the run is finished.
     """
     return train_together([(config, workdir)])[0]
 
@@ -81,8 +81,7 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
 
     def start() -> list[Any]:
         for run, folder in zip(runs, folders, strict=True):
-            locks.enter_context(run_folder.locked(folder))
-            if run_folder.claim(folder, run.config):
+            if run_folder.claim(folder, run.config, alone=locks.enter_context(run_folder.locked(folder))):
                 claimed.append(folder)
         return [run_folder.finished(folder) for folder in folders]
 
@@ -181,15 +180,14 @@ def _train(students: Sequence["Student"], start: int, mesh: Mesh) -> None:
                     students[i].save(done, states[i], totals[i], clock)
                 saved = time.monotonic()
             if stop and not last:
-                number = received[0] if received else signal.SIGTERM
-                students[0].writer.say(
-                    f"{signal.Signals(number).name}: saved at step {done}; the same command goes on from there"
-                )
-                raise SystemExit(128 + number)
+                why = f"saved at step {done}; the same command goes on from there"
+                raise SystemExit(students[0].stop(received, why))
             clock.start(done)
-    for student in students:
-        if student.bad_step is None:
-            student.finish(together=len(students))
+        for student in students:
+            if student.bad_step is None:
+                student.finish(together=len(students))
+        if processes.anywhere(bool(received)):  # during the last call, test or save
+            raise SystemExit(students[0].stop(received, "the run is finished, and what would follow it is left"))
 
 
 def _eval_step(run: experiment.Experiment, mesh: Mesh) -> Callable[..., Any]:
@@ -292,6 +290,12 @@ class Student:
         self.progress |= {"seconds": clock.seconds, "timed_steps": clock.steps}
         if self._checkpoints:
             self._checkpoints.save(step, state, self.progress)
+
+    def stop(self, received: Sequence[int], why: str) -> int:
+        """Says that a signal, of this process or of another, ends the command; returns its exit status."""
+        number = received[0] if received else signal.SIGTERM
+        self.writer.say(f"{signal.Signals(number).name}: {why}")
+        return 128 + number
 
     def finish(self, together: int) -> None:
         """Writes the summary of a program of so many students."""

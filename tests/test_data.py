@@ -131,11 +131,31 @@ def test_numbers_that_do_not_fit(arguments, message):
         ("cifar10O", r"config.dataset='cifar10O' is no data set; did you mean 'cifar100'\?"),
         ("augment", r"config.dataset='augment' is no data set. There are cifar100, digits, tiny_imagenet, tfds:NAME"),
         ("tfds:mnisst", r"'tfds:mnisst' is no set of TFDS; did you mean 'tfds:mnist'\?"),
+        ("tfds:mnist:9.9.9", r"config.dataset='tfds:mnist:9.9.9': this TFDS prepares 3.0.1; take one of them"),
+        ("tfds:mnist_corrupted", r"'tfds:mnist_corrupted' comes as identity, .*; name one, as in '.*/ide"),
+        ("tfds:mnist_corrupted/grain", r"'tfds:mnist_corrupted' comes as identity, .*; name one"),
+        ("tfds:mnist/grain", r"'tfds:mnist' comes in one form; name no other"),
     ],
 )
 def test_unknown_name(name, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         data.load(name, str(tmp_path))
+
+
+def test_set_that_is_prepared_in_several_forms_is_named_with_one(tmp_path):
+    for config in ("fog", "spatter"):
+        (tmp_path / "mnist_corrupted" / config / "1.0.0").mkdir(parents=True)
+        (tmp_path / "mnist_corrupted" / config / "1.0.0" / "dataset_info.json").touch()
+    message = r"'tfds:mnist_corrupted' comes as fog, spatter; name one, as in 'tfds:mnist_corrupted/fog'"
+    with pytest.raises(ValueError, match=message):
+        data.load("tfds:mnist_corrupted", str(tmp_path))
+
+
+def test_decoded_set_alone_is_not_resized(tmp_path):
+    _prepared.write_cache("mnist", tmp_path, data.random("cifar100", 20, 10))
+    assert data.load("tfds:mnist", str(tmp_path)).train.images.shape == (20, 32, 32, 3)
+    with pytest.raises(ValueError, match=r"config.image_size=16: .* holds mnist decoded and at its own size alone"):
+        data.load("tfds:mnist", str(tmp_path), image_size=16)
 
 
 # Preparing and reading.
@@ -578,7 +598,7 @@ def test_folder_errors(tmp_path):
     with pytest.raises(ValueError, match="holds 0 images in 0 sub-folders"):
         data.load(f"folder:{tmp_path}")
     write_folder(tmp_path, {"ape": 2, "bee": 2})
-    with pytest.raises(ValueError, match="no class has ten images"):
+    with pytest.raises(ValueError, match=f"config.dataset='folder:{tmp_path}': no class has ten images"):
         data.load(f"folder:{tmp_path}")
     Image.fromarray(np.full((10, 12), 60000, np.uint16)).save(tmp_path / "bee" / "deep.png")
     with pytest.raises(ValueError, match=r"deep.png has more than 8 bits a pixel \(PIL's mode I.*\); convert it to 8"):

@@ -185,6 +185,23 @@ def test_run_that_was_killed_ends_with_the_same_bits(killed_after, tiny, finishe
     assert records(workdir) == records(tmp_path / "run")
 
 
+def test_signal_during_the_last_test_ends_the_command(tiny, tmp_path, monkeypatch, capsys):
+    evaluate = train.Student.evaluate
+
+    def stop(self, step, *arguments):
+        evaluate(self, step, *arguments)
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Student, "evaluate", stop)
+    with pytest.raises(SystemExit) as stopped:  # so that no other run begins
+        train.train_and_evaluate(tiny(), tmp_path / "run")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "SIGTERM: the run is finished, and what would follow it is left" in capsys.readouterr().out
+    assert train.train_and_evaluate(tiny(), tmp_path / "run")["last"]["step"] == 12
+    assert "holds this run, finished" in capsys.readouterr().out
+
+
 def test_sigterm_saves_first(tiny, finished, tmp_path, monkeypatch, capsys):
     workdir, _ = finished(tiny())
     real, calls = steps.accumulate, []
@@ -448,6 +465,17 @@ def test_workdir_that_holds_something_else_is_refused(tiny, finished, small_teac
         for name in lost:
             (workdir / name).rename(tmp_path / name)
     assert run_folder.claim(workdir, {})
+
+
+def test_what_was_killed_before_it_saved_is_no_run(tiny, tmp_path):
+    (tmp_path / "config.json").write_text('{"num_steps": 5000}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 50, "kind": "train"}\n')
+    with run_folder.locked(tmp_path) as alone:
+        assert alone
+        with pytest.raises(ValueError, match="holds a run of another config"):
+            run_folder.claim(tmp_path, {"num_steps": 6})  # where none can be kept out
+    train.train_and_evaluate(tiny(), tmp_path)
+    assert [record["step"] for record in records(tmp_path)][-1] == 12
 
 
 @pytest.mark.slow

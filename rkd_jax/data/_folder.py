@@ -64,7 +64,7 @@ def load(path: str, image_size: int | None = None) -> Splits:
     if parts == [held_out]:
         train, test = Split(splits[0].images[:0], splits[0].labels[:0]), splits[0]
     else:
-        train, test = splits if len(splits) == 2 else _prepared.hold_out(splits[0])
+        train, test = splits if len(splits) == 2 else _prepared.hold_out(splits[0], f"config.dataset='folder:{path}'")
     images = train.images if len(train.images) else test.images
     return Splits(train, test, len(classes), *moments(images), tuple(classes))
 
@@ -113,7 +113,7 @@ def _shape(files: list[Path], image_size: int | None) -> tuple[int, int, int]:
             if image.mode.startswith(DEEP):
                 raise ValueError(f"{file} has more than 8 bits a pixel (PIL's mode {image.mode}); convert it to 8")
     width, height = sizes.pop() if len(sizes) == 1 else (_prepared.SIZE, _prepared.SIZE)
-    return image_size or height, image_size or width, 1 if modes <= {"1", "L"} else 3
+    return image_size or height, image_size or width, 1 if modes <= {"1", "L", "LA"} else 3
 
 
 def _read(file: Path, shape: tuple[int, int, int]) -> np.ndarray:

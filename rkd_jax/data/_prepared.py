@@ -46,12 +46,19 @@ def load(name: str, data_dir: str = "", image_size: int | None = None) -> Splits
     name, _, version = name.partition(":")
     root = folder(data_dir)
     source = _newest(root / name, version)
+    if source is None and (there := sorted({path.parts[-3] for path in root.glob(f"{name}/*/*/dataset_info.json")})):
+        raise ValueError(_choose(name, there))
     caches = _caches(root, name, source, version, image_size)
     for cache in caches:
         splits = _read(cache, name, source, image_size)
         if splits is not None:
             return splits
     if source is None:
+        if image_size and any(_read(cache, name, None, None) for cache in _caches(root, name, None, version, None)):
+            raise ValueError(
+                f"config.image_size={image_size}: config.data_dir={str(root)!r} holds {name} decoded and at its own "
+                "size alone; to resize it takes the prepared set. Unset config.image_size, or name a folder that has it"
+            )
         source = prepare(name, root, version)
         caches = _caches(root, name, source, version, image_size)
     arrays = _decode(name, source, image_size)
@@ -228,7 +235,7 @@ def _decode(name: str, source: Path, image_size: int | None) -> Splits:
                 test = read(split)
                 if (test.labels >= 0).all():  # a test split whose labels are secret says -1
                     return Splits(train, test, num_classes, *moments(train.images), _class_names(source, num_classes))
-    train, test = hold_out(train)
+    train, test = hold_out(train, f"config.dataset='tfds:{name}'")
     return Splits(train, test, num_classes, *moments(train.images), _class_names(source, num_classes))
 
 
@@ -269,13 +276,13 @@ def resize(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     return np.asarray(pixels.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)).reshape(shape)
 
 
-def hold_out(split: Split) -> tuple[Split, Split]:
+def hold_out(split: Split, field: str) -> tuple[Split, Split]:
     """Training and test images of a set that has no test split: every tenth image of each class is a test image."""
     held_out = np.zeros(len(split.labels), bool)
     for label in np.unique(split.labels):
         held_out[np.flatnonzero(split.labels == label)[9::10]] = True
     if not held_out.any():
-        raise ValueError("no class has ten images, so that none can be held out for testing; add a test split")
+        raise ValueError(f"{field}: no class has ten images, so that none can be held out for testing; add test images")
     return Split(split.images[~held_out], split.labels[~held_out]), Split(
         split.images[held_out], split.labels[held_out]
     )
@@ -320,6 +327,17 @@ def prepare(name: str, root: Path, version: str = "", archive: str = "") -> Path
             f"config.dataset='tfds:{name}' is no set of TFDS"
             + (f"; did you mean 'tfds:{near[0]}'?" if near else "; tensorflow.org/datasets/catalog lists them")
         ) from error
+    except (AssertionError, ValueError) as error:  # its ways to say that there is no such version, and no such config
+        base, slash, config = name.partition("/")
+        known = list(tfds.builder_cls(base).builder_configs)
+        if slash and config not in known:
+            raise ValueError(_choose(base, known)) from error
+        known = tfds.builder(name, data_dir=root).versions
+        raise ValueError(
+            f"config.dataset='tfds:{name}:{version}': this TFDS prepares {', '.join(map(str, known))}; take one of them"
+        ) from error
+    if builder.builder_config and "/" not in name:
+        raise ValueError(_choose(name, list(builder.builder_configs)))
     files = {url: info.filename for url, info in builder.url_infos.items()}
     _reach(name, root, {url: file for url, file in files.items() if not _by_hand(root, [file])})
     if importlib.util.find_spec("tensorflow") is None:
@@ -327,6 +345,13 @@ def prepare(name: str, root: Path, version: str = "", archive: str = "") -> Path
             f"preparing {name} needs TensorFlow, once; training does not: pip install tensorflow-cpu", name="tensorflow"
         )
     return _run(name, root, builder)
+
+
+def _choose(name: str, configs: Sequence[str]) -> str:
+    """What to say of a set that comes in forms of these names, of which none is named."""
+    if not configs:
+        return f"config.dataset: 'tfds:{name}' comes in one form; name no other"
+    return f"config.dataset: 'tfds:{name}' comes as {', '.join(configs)}; name one, as in 'tfds:{name}/{configs[0]}'"
 
 
 def _run(name: str, root: Path, builder: Any) -> Path:
