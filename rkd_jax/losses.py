@@ -67,8 +67,8 @@ def label_kl(
 def pearson(a: jax.Array, b: jax.Array, epsilon: float = 0.0) -> jax.Array:
     """Pearson's correlation over the last axis, 0 where a side is constant; [..., C], [..., C] -> [...].
 
-    `epsilon` is added to the denominator, the product of the centred norms. The gradient to a constant side is the
-    other, centred: a way out.
+    (Or where its squares are below what the dtype holds.) `epsilon` is added to the denominator, the product of the
+    centred norms. The gradient to a constant side is the other, centred: a way out.
     """
     same_shape(a=a, b=b)
     a, b = _centred(a), _centred(b)
@@ -88,7 +88,8 @@ def ranking_alignment(
     kind "l2": mean_i (r(s)_i - r(t)_i)^2; "l1": mean_i |r(s)_i - r(t)_i|; "spearman": 1 - Pearson(r(s), r(t)).
     rank_scale "paper": r as it is. "logits": eps * r, which is in units of the logits, so that a weight keeps its
     meaning from one eps or C to another: "l2" is the mean squared error of the centred logits where both rows are one
-    block, at any eps and C, and never more than that elsewhere, since a projection moves no two points apart.
+    block, at any eps and C, and never more than that elsewhere, since a projection moves no two points apart. (In
+    float32 ranks are rounded to 1e-7 C, so that the differences lose digits from an eps of about 100 on.)
     """
     if kind not in ("l2", "l1", "spearman"):
         raise ValueError(f"config.kind={kind!r} is none of 'l2', 'l1', 'spearman'")
@@ -145,7 +146,10 @@ def label_first(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def standardize(logits: jax.Array) -> jax.Array:
-    """(z - mean) / (std + 1e-7), std over C - 1; 0 where z is constant (Sun et al., 2024); [..., C] -> [..., C]."""
+    """(z - mean) / (std + 1e-7), std over C - 1 (Sun et al., 2024); [..., C] -> [..., C].
+
+    0 where z is constant, with a gradient of about 1e7: do not begin with a last layer of zeros.
+    """
     centred = _centred(logits)
     std = norm(centred)[..., None] / max(logits.shape[-1] - 1, 1) ** 0.5
     return centred / (std + 1e-7)

@@ -27,7 +27,10 @@ def create_schedule(
 
     "step": `learning_rate`, times `decay_factor` after each of `decay_epochs` (150: from epoch 151 on).
     "cosine": learning_rate (1 + cos(pi step / num_steps)) / 2 (Loshchilov and Hutter 2017, arXiv:1608.03983).
+    Raises ValueError for another name.
     """
+    if name not in ("step", "cosine"):
+        raise ValueError(f"config.schedule={name!r} is neither 'step' nor 'cosine'")
     if name == "step":
         boundaries: dict[int, float] = {}
         for epoch in decay_epochs:  # two may fall into one step

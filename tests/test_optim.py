@@ -63,6 +63,8 @@ def test_optimizer_equals_torchs(name, theirs, options):
     parameter = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
     optimizer = getattr(torch.optim, theirs)([parameter], lr=0.1, weight_decay=0.05, **options)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3], 0.1)
+    with pytest.raises(ValueError, match=r"config\.schedule='steps' is neither 'step' nor 'cosine'"):
+        optim.create_schedule("steps", 0.1, num_steps=6, steps_per_epoch=1)
     schedule = optim.create_schedule("step", 0.1, num_steps=6, steps_per_epoch=1, decay_epochs=(3,), decay_factor=0.1)
     tx = optim.create_optimizer(name, schedule, weight_decay=0.05, **options)
     ours = jnp.asarray(start, "float32")

@@ -305,6 +305,7 @@ def test_half_precision_gives_float32_ranks_and_gradients_in_its_own_dtype(ranki
         (([1.0, 2.0], "ASCENDING", 0.0), ValueError, "regularization_strength=0.0 must be positive"),
         (([1.0, 2.0], "ASCENDING", -1), ValueError, "regularization_strength=-1 must be positive"),
         (([1.0, 2.0], "ASCENDING", float("nan")), ValueError, "must be positive"),
+        (([1.0, 2.0], "ASCENDING", 1e-39), ValueError, "=1e-39 must be positive, and normal in float32"),
         (([1.0, 2.0], "ASCENDING", np.ones(2)), ValueError, r"shape \(2,\); give a scalar, or use jax.vmap"),
         (([1, 2],), TypeError, "dtype int32; convert it first"),
         ((1.0,), ValueError, "values is a scalar"),
@@ -317,7 +318,34 @@ def test_errors_name_the_argument_and_the_mend(operator, arguments, error, messa
         getattr(ranking, operator)(jnp.asarray(values), *rest)
 
 
+@both_forms
+def test_strength_that_is_an_array_is_closed_over(ranking):
+    eps, x = jnp.float32(0.1), jnp.asarray(rows(5, np.float32)[0])
+    ranks = ranking.soft_rank(x, "DESCENDING", 0.1)
+    np.testing.assert_allclose(jax.jit(lambda x: ranking.soft_rank(x, "DESCENDING", eps))(x), ranks, rtol=1e-6)
+    assert jax.jit(lambda x: ranking.num_blocks(x, eps))(x) == ranking.num_blocks(x, 0.1)
+
+
+@pytest.mark.parametrize("n", [1000, 20_000])
+def test_outliers_cost_a_long_row_no_precision(n):
+    x = np.linspace(0, 1e-3, n, dtype=np.float32)
+    x[:2] = 0.45 * n, -n
+    ranks, _ = expected(x, 1.0)
+    np.testing.assert_allclose(ranking.soft_rank(x, "DESCENDING"), ranks, rtol=0, atol=3e-7 * n)
+
+
+def test_soft_sort_of_an_infinite_strength_is_the_mean():
+    np.testing.assert_array_equal(ranking.soft_sort(jnp.array([3.0, 1.0, 2.0, 2.0]), "ASCENDING", jnp.inf), [2.0] * 4)
+
+
 # The one-block fast path.
+
+
+def test_common_offset_does_not_make_a_row_one_block():
+    x = np.full(50, -1e7, np.float32)
+    x[0] += 51
+    np.testing.assert_array_equal(ranking.soft_rank(x, "ASCENDING", 2.0)[:2], [50, 25])
+    assert ranking.num_blocks(x, 2.0) == 2
 
 
 def test_one_block_rows_skip_sorting_and_pooling():

@@ -7,7 +7,7 @@ module's docstring is the method's page: the paper, a blank line, the formula, a
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -91,8 +91,12 @@ class Distiller:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             holds, claim = field.metadata.get("claim", (lambda value: True, ""))
-            if isinstance(field.default, float) and isinstance(value, str | None):
+            if isinstance(field.default, float) and isinstance(value, str | None | Sequence):
                 holds, claim = (lambda value: False), "has to be a number"
+            elif isinstance(field.default, bool) and not isinstance(value, bool):
+                holds, claim = (lambda value: False), "has to be True or False"
+            elif type(field.default) is int and type(value) is not int:
+                holds, claim = (lambda value: False), "has to be a whole number"
             elif isinstance(value, float) and not math.isfinite(value):
                 holds, claim = (lambda value: False), "has to be finite"
             if not holds(value):
