@@ -1,5 +1,6 @@
 """The figures: what they show against plain NumPy, every one written from small networks and runs, every error."""
 
+import itertools
 import json
 
 import jax
@@ -133,6 +134,109 @@ def test_best_is_seen_where_it_equals_the_last(tmp_path):
     assert (best.get_linestyle(), last.get_linestyle()) == ("-", "--")
 
 
+def sizes(figure):
+    """The axes' widths and heights in inches."""
+    return [tuple(box.size / figure.dpi) for box in (axis.get_window_extent() for axis in figure.axes)]
+
+
+def outside(figure, artists):
+    """Those of the texts that lie partly outside of the figure."""
+    boxes = [(text.get_window_extent(), text.get_text()) for text in artists]
+    return [text for box, text in boxes if min(box.x0, box.y0) < 0 or box.x1 > figure.bbox.x1]
+
+
+def named_classes(monkeypatch, name):
+    """Gives the digits' classes long names."""
+    monkeypatch.setattr(figures, "class_names", lambda splits: [f"{i} {name}" for i in range(splits.num_classes)])
+
+
+def test_tsne_has_square_panels_whatever_the_names(student, monkeypatch):
+    named_classes(monkeypatch, "long name of a class, which somebody wrote out in full")
+    label = "a network whose name says how it was trained and on what, from which seed"
+    networks = [f"{label}={student}", f"{label}, again={student}"]
+    figure, beyond = drawn("tsne", "--networks", *networks, "--num_images", 20)
+    assert beyond == []
+    assert all(width == pytest.approx(height) and width > 2.5 for width, height in sizes(figure))
+    first, second = (axis.title.get_window_extent() for axis in figure.axes)
+    assert first.x1 < second.x0
+    assert figure.legends[0].get_window_extent().x0 > second.x1
+
+
+def test_tsne_of_thirty_classes_keeps_its_panel(student, monkeypatch):
+    named_classes(monkeypatch, "class")
+    splits = data.load("digits")
+    labels = np.arange(len(splits.test.labels)) % 30
+    split = data.Split(splits.test.images, labels)
+    made = splits._replace(test=split, num_classes=30)
+    monkeypatch.setattr(figures, "load_images", lambda args: ("digits", made))
+    embedding = np.random.default_rng(0).normal(size=(90, 4))
+    monkeypatch.setattr(figures, "predict", lambda *_: [figures.Predicted("S", embedding, embedding)])
+    figure, beyond = drawn("tsne", "--networks", student, "--num_images", 90, "--classes", *range(30))
+    assert beyond == []
+    assert sizes(figure)[0] == pytest.approx((3.2, 3.2), abs=0.3)
+
+
+def test_maps_and_lists_keep_their_size_with_long_class_names(teacher, student, monkeypatch):
+    logits = ["--teacher", teacher, "--students", student]
+    named_classes(monkeypatch, "long name of a class, which somebody wrote out in full")
+    figure, _ = drawn("logit_difference", *logits, "--num_images", 20)
+    assert min(sizes(figure)[0]) > 2
+    assert outside(figure, figure.axes[0].get_xticklabels() + figure.axes[0].get_yticklabels()) == []
+    figure, beyond = drawn("ranked_logits", *logits)
+    assert beyond == []
+    panel, text = figure.axes[0].get_window_extent(), figure.axes[0].texts[0].get_window_extent()
+    assert panel.x0 < text.x0
+    assert text.x1 < panel.x1
+
+
+def test_a_long_name_is_cut():
+    assert figures.cut("fourteen signs") == "fourteen signs"
+    assert figures.cut("fifteen signs..") == "fifteen signs…"
+    assert figures.cut("house finch, linnet") == "house finch…"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.61, 1.2, {"0.7", "0.8", "0.9", "1"}),
+        (0.07, 1.3, {"0.1", "0.2", "0.3", "0.4", "0.6", "1"}),
+        (0.012, 4, {"0.1", "1"}),
+        (3, 45, {"3", "4", "6", "10", "20", "30", "40"}),
+    ],
+)
+def test_log_axes_have_plain_numbers_with_room(low, high, expected):
+    figure = figures.Figure(figsize=(3.3, 3.6), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([low, high])
+    axis.set_yscale("log")
+    figures._plain_numbers(axis)
+    figure.draw_without_rendering()
+    labels = [label for label in axis.get_yticklabels() + axis.get_yticklabels(minor=True) if label.get_text()]
+    shown = {label.get_text(): label.get_window_extent() for label in labels if low <= float(label.get_text()) <= high}
+    assert set(shown) == expected
+    boxes = sorted(shown.values(), key=lambda box: box.y0)
+    assert all(below.y1 <= above.y0 for below, above in itertools.pairwise(boxes))
+
+
+def test_a_file_of_metrics_is_a_run(tmp_path):
+    folder = run(tmp_path / "a")
+    file = tmp_path / "x.jsonl"
+    file.write_text((folder / "metrics.jsonl").read_text())
+    assert figures.load_metrics(file, "train") == figures.load_metrics(folder, "train")
+    assert figures.named(str(file)) == ("x", file)
+    assert figures.named(f"RA={file}") == ("RA", file)
+    assert len(drawn("curves", "--runs", file, folder)[0].axes[0].lines) == 2
+
+
+def test_a_sweeps_folder_is_all_its_runs(tmp_path):
+    folders = [str(run(tmp_path / "sweep" / f"lam={lam},seed=0", lam=lam)) for lam in (0.5, 5.0)]
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    alone = str(run(tmp_path / "alone", lam=1.0))
+    assert figures.each_run([str(tmp_path / "sweep"), alone]) == [*folders, alone]
+    (best, _) = drawn("lambda", "--runs", tmp_path / "sweep", alone)[0].axes[0].lines
+    np.testing.assert_array_equal(best.get_xdata(), [0.5, 1.0, 5.0])
+
+
 def test_output_may_be_named_with_its_suffix(tmp_path):
     figures.main(["curves", "--runs", str(run(tmp_path / "a")), "--output", str(tmp_path / "x=0.1.png")])
     assert sorted(path.name for path in tmp_path.glob("x*")) == ["x=0.1.png", "x=0.1.svg"]
@@ -206,6 +310,11 @@ def test_eps_shows_blocks(tmp_path):
         (["lambda", "--runs", "{a}", "{b}"], "--runs: they differ in eps, too"),
         (["eps", "--runs", "{a}", "{b}"], "--runs: they differ in lam, too"),
         (["eps", "--runs", "{empty}"], "--runs: .* has no line of kind 'train' yet"),
+        (["curves", "--runs", "{a}/summary.json"], "--runs: .*summary.json is no run; name runs' folders, or copies"),
+        (["curves", "--runs", "{a}", "--output", ""], "--output is empty or is a folder"),
+        (["curves", "--runs", "{a}", "--output", "{a}"], "--output=.* is a folder; name a file in it"),
+        (["curves", "--runs", "{a}", "--output", "{a}/summary.json/b/c"], "--output=.* in a folder: .*json is a file"),
+        (["curves", "--runs", "{a}", "--output", "f.pdf"], "--output=f.pdf: .* written as .png and .svg; name it f$"),
     ],
 )
 def test_errors_name_the_flag(arguments, message, teacher, student, tmp_path):

@@ -5,10 +5,11 @@
     python -m rkd_jax.report.figures tsne --networks CE=runs/ce RA=runs/ra --classes 0 1 2 3
     python -m rkd_jax.report.figures curves --runs CE=runs/ce RA=runs/ra
     python -m rkd_jax.report.figures lambda --runs runs/lam-*
-    python -m rkd_jax.report.figures eps --runs runs/eps-*
+    python -m rkd_jax.report.figures eps --runs runs/eps-sweep
 
 Each writes OUTPUT.png and OUTPUT.svg (default: runs/figures/<figure>). A network is its folder, or a run's folder: its
-best network, then. NAME=FOLDER gives the name in the figure.
+best network, then. NAME=FOLDER gives the name in the figure. For `curves`, a run is its folder or a copy of its
+metrics.jsonl under any name (results/curves/*.jsonl); for `lambda` and `eps`, a sweep's folder is all its runs.
 """
 
 import argparse
@@ -67,7 +68,8 @@ def named(text: str) -> tuple[str, Path]:
     splits = [("", text)] + [(text[:i], text[i + 1 :]) for i, letter in enumerate(text) if letter == "="]
     name, path = next((split for split in splits if Path(split[1]).exists()), splits[-1])
     folder = Path(path)
-    return name or (folder.parent.name if folder.name in ("best", "last") else folder.name), folder
+    label = folder.parent.name if folder.name in ("best", "last") else folder.name.removesuffix(".jsonl")
+    return name or label, folder
 
 
 def network_folder(folder: Path) -> Path:
@@ -107,6 +109,11 @@ def predict(texts: Sequence[str], images: np.ndarray, splits: data.Splits, flag:
         logits, embedding = (None if each[0] is None else np.concatenate([*map(np.asarray, each)]) for each in values)
         found.append(Predicted(label, logits, embedding))
     return found
+
+
+def cut(name: str, length: int = 14) -> str:
+    """A name of at most so many letters, with an ellipsis where it was longer."""
+    return name if len(name) <= length else name[: length - 1].rstrip(" ,") + "…"
 
 
 def class_names(splits: data.Splits) -> list[str]:
@@ -154,12 +161,13 @@ def draw_ranked_logits(args: argparse.Namespace) -> Figure:
         *predict(args.students, chosen, splits, "--students"),
     )
     names = class_names(splits)
+    short = [cut(name, 24) for name in names]
     figure, axes = _panels(1 + len(students), 4.6, 3.2, sharey=True)
     logits = [network.logits[0] for network in (teacher, *students)]
     low, high = np.min(logits), np.max(logits)
     axes[0].set_ylim(low - 0.04 * (high - low), low + (high - low) / HEADROOM + 1e-6)
     for i, (axis, network) in enumerate(zip(axes, [teacher, *students], strict=True)):
-        _ranked_panel(axis, network, teacher, true, names, chr(ord("a") + i))
+        _ranked_panel(axis, network, teacher, true, short, chr(ord("a") + i))
     inset = axes[0].inset_axes((0.8, HEADROOM, 0.2, 1 - HEADROOM))
     inset.imshow(np.squeeze(chosen[0]), cmap="gray")
     inset.axis("off")
@@ -200,16 +208,18 @@ def draw_logit_difference(args: argparse.Namespace) -> Figure:
     maps = [logit_difference(student.logits, teacher.logits, labels) for student in students]
     # Neither a few outliers, nor one of many students, take the whole scale.
     highest = np.median([np.nanquantile(found, 0.995) for found in maps])
-    figure, axes = _panels(len(maps), 3.8, 3.5, sharey=True)
-    names = class_names(splits)
+    names = [cut(name) for name in class_names(splits)] if splits.num_classes <= 20 else []
+    longest = max(map(len, names), default=0)
+    figure, axes = _panels(len(maps), 3.8 + 0.07 * longest, 3.5 + 0.07 * longest, sharey=True)
     for axis, student, found in zip(axes, students, maps, strict=True):
         picture = axis.imshow(found, cmap="cividis", vmin=0, vmax=highest or 1, interpolation="nearest")
         title = textwrap.fill(f"{student.label}: mean {np.nanmean(found):.2f}", 40)
         axis.set(title=title, xlabel="class of the logit")
         axis.grid(False)
-        if splits.num_classes <= 20:
-            axis.set_xticks(range(splits.num_classes), names, rotation=90 if max(map(len, names)) > 2 else 0)
-            axis.set_yticks(range(splits.num_classes), names)
+        if names:
+            size = 9 if len(names) <= 10 else 7
+            axis.set_xticks(range(splits.num_classes), names, rotation=90 if longest > 2 else 0, fontsize=size)
+            axis.set_yticks(range(splits.num_classes), names, fontsize=size)
     for axis in axes[:: axes[0].get_gridspec().ncols]:
         axis.set_ylabel("true class of the image")
     bar = figure.colorbar(picture, ax=axes, shrink=0.8, extend="max" if np.nanmax(maps) > highest else "neither")
@@ -250,7 +260,7 @@ def draw_tsne(args: argparse.Namespace) -> Figure:
     for network in networks:
         if network.embedding is None:
             raise ValueError(f"--networks: {network.label!r} has no embedding; return it in rkd_jax.models.Outputs")
-    names = class_names(splits)
+    names = [cut(name, 24) for name in class_names(splits)]
     figure, axes = _panels(len(networks), 3.4, 3.4)
     for axis, network in zip(axes, networks, strict=True):
         perplexity = min(30, (len(images) - 1) / 3)
@@ -259,15 +269,27 @@ def draw_tsne(args: argparse.Namespace) -> Figure:
             x, y = points[labels == label].T
             axis.scatter(x, y, s=12, linewidths=0, alpha=0.8, label=names[label], **_look(i))
         silhouette = metrics.silhouette_score(network.embedding, labels)
-        axis.set(title=f"{network.label}: silhouette {silhouette:.2f}", xticks=[], yticks=[])
+        title = textwrap.fill(f"{network.label}: silhouette {silhouette:.2f}", 36)
+        axis.set(title=title, xticks=[], yticks=[], box_aspect=1)
+        axis.set_aspect("equal", adjustable="datalim")
         axis.spines[["top", "right"]].set_visible(True)
     look = {"title": "class", "markerscale": 1.8, "ncols": math.ceil(len(classes) / 15)}
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", **look)
+    legend = figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", **look)
+    figure.set_figwidth(figure.get_figwidth() + legend.get_window_extent().width / figure.dpi)  # room beside the panels
     _headline(figure, f"{dataset}: t-SNE of the embeddings of {len(images):,} test images (axes without unit)")
     return figure
 
 
 # Runs: what their numbers were.
+
+
+def each_run(paths: Sequence[str]) -> list[str]:
+    """The paths of runs, and for a sweep's folder those of all its runs, such as lam=0.1,seed=0."""
+    found = []
+    for path in paths:
+        inside = sorted(str(run) for run in Path(path).glob("*=*") if run.is_dir())
+        found += inside or [path]
+    return found
 
 
 def load_record(path: str) -> dict[str, Any]:
@@ -283,10 +305,13 @@ def load_record(path: str) -> dict[str, Any]:
 
 def load_metrics(path: str, kind: str) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl of one kind: "train" or "test"."""
-    file = Path(path) / "metrics.jsonl"
+    file = Path(path)
+    if file.is_file() and file.suffix != ".jsonl":
+        raise ValueError(f"--runs: {file} is no run; name runs' folders, or copies of their metrics.jsonl")
+    file = file if file.is_file() else file / "metrics.jsonl"
     if not file.is_file():
         raise FileNotFoundError(f"--runs: there is no {file}; name the folder of a run that has trained")
-    if not (found := [line for line in _files.read_lines(file) if line["kind"] == kind]):
+    if not (found := [line for line in _files.read_lines(file) if line.get("kind") == kind]):
         raise ValueError(f"--runs: {file} has no line of kind {kind!r} yet; wait for the run, or leave it out")
     return found
 
@@ -308,7 +333,8 @@ def sweep(records: Sequence[Mapping[str, Any]], field: str) -> list[float]:
 
 def draw_lambda(args: argparse.Namespace) -> Figure:
     """Accuracy against lambda, best and last, with the paper's Table 5 where it has the pair."""
-    records = [load_record(path) for path in args.runs]
+    runs = each_run(args.runs)
+    records = [load_record(path) for path in runs]
     values = sweep(records, "lam")
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axis = figure.subplots()
@@ -334,9 +360,10 @@ def table_5(config: Mapping[str, Any]) -> dict[float, float]:
 
 def draw_eps(args: argparse.Namespace) -> Figure:
     """Accuracy, and the number of blocks of the soft ranks, against eps."""
-    records = [load_record(path) for path in args.runs]
+    runs = each_run(args.runs)
+    records = [load_record(path) for path in runs]
     values = sweep(records, "eps")
-    last = [load_metrics(path, "train")[-1] for path in args.runs]
+    last = [load_metrics(path, "train")[-1] for path in runs]
     figure = Figure(figsize=(6.4, 5.8), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     _accuracies(upper, values, records)
@@ -382,10 +409,17 @@ def _log(axis: Axes, values: Sequence[float]) -> None:
     axis.set_xticks([], minor=True)
 
 
+class _Plain(LogFormatter):
+    """30 and 0.1, not 3 x 10^1 and 1e-01, at the ticks that have room for it."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
 def _plain_numbers(axis: Axes) -> None:
-    """30, not 3 x 10^1, along a logarithmic y axis."""
-    axis.yaxis.set_major_formatter(LogFormatter())
-    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    """Plain numbers along a logarithmic y axis."""
+    axis.yaxis.set_major_formatter(_Plain())
+    axis.yaxis.set_minor_formatter(_Plain(minor_thresholds=(2, 0.5)))
 
 
 def _title(records: Sequence[Mapping[str, Any]], what: str) -> str:
@@ -451,7 +485,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
         if name in ("curves", "lambda", "eps"):
             metavar = "NAME=FOLDER" if name == "curves" else "FOLDER"
-            command.add_argument("--runs", nargs="+", required=True, metavar=metavar, help="of runs")
+            what = "of runs, or files of metrics" if name == "curves" else "of runs, or of a sweep"
+            command.add_argument("--runs", nargs="+", required=True, metavar=metavar, help=what)
             continue
         command.add_argument("--dataset", default="", help="default: what the networks were trained on")
         command.add_argument("--data_dir", default="", help="TFDS's folder; default: as in training")
@@ -468,13 +503,26 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def output_name(path: Path) -> str:
+    """The name of the files without .png and .svg; ValueError where none can be written there."""
+    others = Figure().canvas.get_supported_filetypes().keys() - {"png", "svg"}
+    where = f"--output={path}" if path.name else "--output is empty or"
+    if path.is_dir():
+        raise ValueError(f"{where} is a folder; name a file in it, without suffix")
+    if not (above := next(folder for folder in path.parents if folder.exists())).is_dir():
+        raise ValueError(f"{where} is not in a folder: {above} is a file; name another")
+    if path.suffix.removeprefix(".") in others:
+        raise ValueError(f"{where}: figures are written as .png and .svg; name it {path.stem}")
+    return path.name.removesuffix(".png").removesuffix(".svg")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Draws a figure, writes it twice, says where; an error of the user's is one sentence."""
     args = parse(argv)
     with _flags.one_sentence(args), matplotlib.rc_context(STYLE):
+        name = output_name(args.output)  # before the work
         figure = FIGURES[args.figure](args)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        name = args.output.name.removesuffix(".png").removesuffix(".svg")
         for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
             path = args.output.with_name(f"{name}.{suffix}")
             figure.savefig(path, metadata=metadata)
