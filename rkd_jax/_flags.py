@@ -26,6 +26,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def folder(text: str) -> Path:
+    """A folder that is there, as argparse's `type`."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text!r}")
+    return Path(text)
+
+
 def names_config(argv: list[str]) -> bool:
     """Whether a command line names a config, and not only fields of one."""
     return any(re.match("--?config(=|$)", argument) for argument in argv[1:])

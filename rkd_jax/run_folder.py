@@ -84,11 +84,13 @@ def finished(workdir: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[bool]:
+def locked(
+    workdir: Path, said: str = "--workdir={}: another run trains there; wait for it, or stop it"
+) -> Iterator[bool]:
     """Keeps other runs out of a folder, which is made, and removes what a kill left of a save; yields whether it could.
 
-    Does nothing where a folder cannot be locked (NFS, Windows). The lock is on the folder itself, so that nothing of it
-    is left behind, whatever becomes of the process.
+    ValueError, `said` of the folder, where another is there. Does nothing where a folder cannot be locked (NFS,
+    Windows). The lock is on the folder itself, so that nothing of it is left behind, whatever becomes of the process.
     """
     alone = False
     with contextlib.ExitStack() as stack:
@@ -103,7 +105,7 @@ def locked(workdir: Path) -> Iterator[bool]:
             alone = True
             checkpoint.remove_unfinished(workdir / "checkpoints")
         except BlockingIOError:
-            raise ValueError(f"--workdir={workdir}: another run trains there; wait for it, or stop it") from None
+            raise ValueError(said.format(workdir)) from None
         except (OSError, ImportError):
             pass  # what cannot be written is told by `claim`
         yield alone

@@ -16,7 +16,7 @@ from conftest import ROOT
 from test_train import assert_same
 
 from configs import cifar100_res32x4_res8x4, default
-from rkd_jax import checkpoint, data, train
+from rkd_jax import checkpoint, data, run_folder, train
 from rkd_jax.data import _prepared
 from rkd_jax.report import campaign, cells, pack, run, tables
 
@@ -217,6 +217,26 @@ def test_run_that_diverged_leaves_its_curve(begun, capsys):
     assert (out / "results" / "curves" / "teacher" / "resnet8" / "teacher.jsonl").read_text() == '{"step": 6}\n'
 
 
+def test_slice_that_a_signal_cuts_off_says_so(begun, monkeypatch):
+    out, _ = begun
+    arguments = ["--out", str(out), "--scale", "smoke", "--minutes"]
+    assert campaign.main([*arguments, "0"]) is False
+    monkeypatch.setattr(run, "execute", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    assert campaign.main([*arguments, "9"]) is True
+    assert json.loads((out / "campaign.json").read_text())["items"].keys() == {"bench"}
+    assert (out / "state" / "part-0").exists()
+
+
+@pytest.mark.parametrize("minutes", [0, 9])
+def test_folder_in_which_another_slice_is_under_way_is_left_alone(minutes, tmp_path):
+    with (
+        run_folder.locked(tmp_path),
+        pytest.raises(SystemExit, match=r"Error: --out=.*: another slice is under way there; wait for it, or stop it$"),
+    ):
+        go(tmp_path, minutes)
+    assert not list(tmp_path.iterdir())
+
+
 def test_state_that_is_too_large_is_written_and_said(begun, capsys):
     out, errors = begun
     errors["teacher"] = MemoryError("none")
@@ -333,6 +353,21 @@ def test_campaign_of_another_scale_or_dtype_is_an_error(tmp_path):
         go(tmp_path)
     with pytest.raises(SystemExit, match=r"--dtype=float32.*holds a campaign of bfloat16"):
         campaign.main(["--out", str(tmp_path), "--dtype", "float32", "--minutes", "0"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--minutes", "-1"], "--minutes: '-1' is not a number of 0 or more"),
+        (["--minutes", "nan"], "--minutes: 'nan' is not a number of 0 or more"),
+        (["--teachers", "nowhere"], "--teachers: there is no folder 'nowhere'"),
+    ],
+)
+def test_wrong_flags_are_named(given, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        campaign.main(["--out", str(tmp_path / "out"), *given])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_absent_data_is_said_before_the_first_benchmark(tmp_path, monkeypatch, offline):

@@ -126,6 +126,13 @@ def test_given_teacher_is_found_and_not_trained(teacher, tmp_path):
         assert run.plan(cells.select([4], 1), "full", Path("w"), *folders)[0].given == found
 
 
+def test_teachers_of_the_repository_are_found_from_elsewhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run.main(["--table", "4", "--methods", "kd", "--dry_run"])
+    given = re.search(r"teacher-seed0, (.*) \(1 cell", capsys.readouterr().out)[1]
+    assert Path(given).resolve() == ROOT / "teachers" / "resnet32x4"
+
+
 def result(best, last, device="toaster", teacher="f1"):
     return {
         "best": {"top1": best},
@@ -217,6 +224,7 @@ def test_failed_run_does_not_stop_the_others(error, flags, trainer, tmp_path):
         ),
         (["--seeds", "0"], "--seeds: '0' is not a whole number of 1 or more"),
         (["--together", "-1"], "--together: '-1' is not a whole number of 1 or more"),
+        (["--teachers", "nowhere"], "--teachers: there is no folder 'nowhere'"),
     ],
 )
 def test_wrong_flags_are_named(given, message, capsys):
@@ -268,6 +276,17 @@ def test_markdown_has_ours_beside_the_papers(tmp_path):
     assert "Ours: none yet." in toy
 
 
+def test_source_names_the_arithmetic_of_training():
+    results = [result(1.0, 1.0) for _ in range(3)]
+    del results[0]["config"]  # a teacher that was given
+    for each, dtype in zip(results[1:], ("float32", "bfloat16"), strict=True):
+        each["config"]["dtype"] = dtype
+    start, end = "Ours: {} results on toaster, trained in ", ", 2026-01-02, jax"
+    assert tables.source(results).startswith(start.format(3) + "bfloat16, float32" + end)
+    assert tables.source(results[:2]).startswith(start.format(2) + "float32" + end)
+    assert tables.source(results[:1]).startswith("Ours: 1 results on toaster, 2026")
+
+
 def test_results_of_two_teachers_do_not_mix(tmp_path):
     put(tmp_path, "full", cells.Cell(PAIR, "kd", 0), 73.0, 72.9)
     put(tmp_path, "full", cells.Cell(PAIR, "dkd", 0), 73.0, 72.9, teacher="f2")
@@ -277,6 +296,10 @@ def test_results_of_two_teachers_do_not_mix(tmp_path):
 
 def test_damaged_and_absent_results_are_named(tmp_path, capsys):
     flags = ["--table", "4", "--results", str(tmp_path / "r")]
+    with pytest.raises(SystemExit):
+        tables.main(flags)
+    assert f"--results: there is no folder '{tmp_path / 'r'}'" in capsys.readouterr().err
+    (tmp_path / "r").mkdir()
     tables.main(flags)
     assert f"No result of scale full in {tmp_path / 'r'}" in capsys.readouterr().err
     path = cells.Cell(PAIR, "kd", 0).path(tmp_path / "r", "full")

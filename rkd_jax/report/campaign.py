@@ -6,6 +6,7 @@ DIR/state is all that the next slice needs, on another machine too: docs/campaig
 
 import argparse
 import contextlib
+import math
 import os
 import platform
 import shutil
@@ -23,11 +24,10 @@ import jax
 import numpy as np
 from absl import logging
 
-from rkd_jax import _devices, _files, _flags, _memory, checkpoint, data, evaluate, experiment
+from rkd_jax import _devices, _files, _flags, _memory, checkpoint, data, evaluate, experiment, run_folder
 from rkd_jax.data import _prepared
 from rkd_jax.report import cells, pack, paper, run
 
-ROOT = Path(__file__).resolve().parents[2]
 PAIR = "cifar100_res32x4_res8x4"
 # Of DIR; of work, a part is: `Campaign.files`.
 NOT_PACKED = ("state", "state.new", "state.old", "packed", "work", "data", "cache")
@@ -196,9 +196,9 @@ class Campaign:
             config.data_dir = self._data_dir
             experiment.load_splits(experiment.Fields(config.to_dict()))
 
-    def slice(self) -> None:
-        """Works through the list until the minutes are over."""
-        self._whole = self.left()
+    def slice(self) -> bool:
+        """Works through the list until the minutes are over; returns whether SIGTERM cut it off, as the timer does."""
+        self._whole, cut_off = self.left(), False
         stopper = threading.Timer(max(self.left(), 0.1), os.kill, (os.getpid(), signal.SIGTERM))
         stopper.daemon = True
         before = signal.signal(signal.SIGTERM, _stop)  # where the loop of training does not take it
@@ -210,12 +210,14 @@ class Campaign:
         except SystemExit as stop:
             if stop.code != 128 + signal.SIGTERM:
                 raise
+            cut_off = True
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             stopper.cancel()
             self.save()
             signal.signal(signal.SIGTERM, before)
-        print(f"\nthis slice took {time.monotonic() - self._start:.0f} s\n{self.next()}")
+        print(f"\nthis slice took {time.monotonic() - self._start:.0f} s\n{self.next()}", flush=True)
+        return cut_off
 
     def _begin(self, item: Item) -> bool:
         """Takes up an item; False where this slice is over."""
@@ -256,11 +258,13 @@ class Campaign:
     def _benchmark(self, item: Item) -> dict[str, Any] | None:
         """Runs a benchmark in a process of its own, before this one takes the device; None: the slice was too short."""
         output = self.out / "results" / f"{item.command[0].split('.')[1]}.json"
-        command = [sys.executable, "-m", *item.command, "--output", os.path.relpath(output, ROOT)]
+        command = [sys.executable, "-m", *item.command, "--output", os.path.relpath(output, run.ROOT)]
         print(f"\n== {item.name}: python {' '.join(command[1:])}", flush=True)
         env = os.environ | {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
         try:
-            ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=self.left() - 1, env=env)
+            ran = subprocess.run(
+                command, cwd=run.ROOT, capture_output=True, text=True, timeout=self.left() - 1, env=env
+            )
         except subprocess.TimeoutExpired:
             print("not done within this slice")
             return None
@@ -417,6 +421,26 @@ def _uninterrupted() -> Iterator[None]:
         raise SystemExit(128 + signal.SIGTERM)
 
 
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keeps other slices out of a campaign's folder, which is not left behind where nothing was written."""
+    there = out.exists()
+    with run_folder.locked(out, "--out={}: another slice is under way there; wait for it, or stop it"):
+        try:
+            yield
+        finally:
+            if not there:
+                with contextlib.suppress(OSError):  # it is not empty, or could not be made
+                    out.rmdir()
+
+
+def _minutes(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+
+
 def _random_data(folder: Path) -> None:
     """Noise in the form of CIFAR-100, as its decoded cache."""
     if not (folder / "cifar100").exists():
@@ -435,15 +459,15 @@ def _take_teachers(given: Path, target: Path, scale: str) -> list[str]:
     return taken
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+def main(arguments: Sequence[str] | None = None) -> bool:
+    """The command; returns whether a signal cut its slice off."""
     parser = argparse.ArgumentParser(prog="python -m rkd_jax.report.campaign", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the campaign's folder; DIR/state is enough to go on")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of this slice; 0 unpacks and says what is next")
+    parser.add_argument("--minutes", type=_minutes, default=9.0, help="of this slice; 0 unpacks and says what is next")
     parser.add_argument("--scale", choices=tuple(SCALES), default="full", help="smoke: a rehearsal of minutes on a CPU")
     parser.add_argument("--data_dir", default="", help="as config.data_dir; smoke without it: random images")
     parser.add_argument(
-        "--teachers", type=Path, nargs="+", default=[ROOT / "teachers"], metavar="DIR",
+        "--teachers", type=_flags.folder, nargs="+", default=[run.ROOT / "teachers"], metavar="DIR",
         help="they hold teachers that need not be trained, as DIR/NAME or DIR/NAME/best; default: the repository's",
     )  # fmt: skip
     parser.add_argument("--items", nargs="+", default=(), metavar="ITEM", help="of the list these alone")
@@ -454,7 +478,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not jax.config.jax_compilation_cache_dir:  # by host name, for programs for one CPU may not run on another
         jax.config.update("jax_compilation_cache_dir", str((flags.out / "cache" / platform.node()).absolute()))
     data_dir = flags.data_dir
-    with _flags.one_sentence(flags):
+    with _flags.one_sentence(flags), _alone(flags.out):
         if flags.scale == "smoke" and not data_dir:
             data_dir = str(flags.out / "data")
             _random_data(flags.out / "data")
@@ -466,11 +490,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for folder in flags.teachers:
             campaign.given(_take_teachers(folder, flags.out / "teachers", flags.scale))
         if flags.minutes > 0:
-            campaign.slice()
-        else:
-            print(campaign.next())
+            return campaign.slice()
+        print(campaign.next())
+    return False
 
 
 if __name__ == "__main__":
     _memory.keep()
-    main()
+    if main():
+        # All is saved and printed. Where the signal came in the midst of a compilation, the interpreter could crash as
+        # it takes JAX down, and a slice that went well would end with a failure's status.
+        os._exit(0)

@@ -4,9 +4,10 @@ Interrupted, the same command goes on where it was. `python -m rkd_jax.report.ta
 """
 
 import argparse
+import os
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ from ml_collections import ConfigDict
 from rkd_jax import _files, _flags, evaluate, experiment, provenance, runs, train
 from rkd_jax.methods import takd
 from rkd_jax.report import cells, paper
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Run(NamedTuple):
@@ -177,14 +180,14 @@ def describe(planned: Sequence[Run], todo: Sequence[Run], scale: str) -> str:
     return "\n".join([*lines, f"{len(planned)} runs for {total} cells; {len(todo)} to be run"])
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that the tables have too."""
+def add_flags(parser: argparse.ArgumentParser, results: Callable[[str], Path] = Path) -> None:
+    """The flags that the tables have too; `results`: the type of --results."""
     numbers = sorted({table.number for table in paper.TABLES})
     choices = (*map(str, numbers), "all")
     parser.add_argument("--table", nargs="+", choices=choices, default=["all"], help="the paper's; default: all")
     parser.add_argument("--scale", choices=tuple(cells.SCALES), default="full", help="docs/tables.md; default: full")
     parser.add_argument(
-        "--results", type=Path, default="results/tables", help="where the results are; default: results/tables"
+        "--results", type=results, default=Path("results/tables"), help="where the results are; default: results/tables"
     )
 
 
@@ -201,8 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", default=(), metavar="PAIR", help="pairs by their configs' names")
     parser.add_argument("--methods", nargs="+", default=(), metavar="METHOD", help="these methods alone, or teacher")
     parser.add_argument(
-        "--teachers", type=Path, nargs="+", default=[Path("runs/teachers"), Path("teachers")], metavar="DIR",
-        help="where a teacher is looked for, as DIR/NAME or DIR/NAME/best; default: runs/teachers, then teachers",
+        "--teachers", type=_flags.folder, nargs="+", metavar="DIR",
+        default=[Path("runs/teachers"), Path(os.path.relpath(ROOT / "teachers"))],
+        help="where a teacher is looked for, as DIR/NAME or DIR/NAME/best; default: runs/teachers, then the "
+        "repository's teachers",
     )  # fmt: skip
     parser.add_argument(
         "--workdir", type=Path, default="runs/report", help="where the runs are kept; default: runs/report"

@@ -103,19 +103,21 @@ def spread(values: Sequence[float]) -> str:
 
 
 def source(results: Sequence[Mapping[str, Any]]) -> str:
-    """Where results come from: devices, versions, commits, days."""
+    """Where results come from: devices, the arithmetic of training, days, versions, commits."""
     if not results:
         return "Ours: none yet."
 
     def names(values) -> str:
         return ", ".join(sorted(set(values)))
 
+    dtypes = names(result["config"]["dtype"] for result in results if "dtype" in result.get("config", {}))
+    trained = f"trained in {dtypes}, " if dtypes else ""
     commits = [result["commit"] or "unknown" for result in results]
     days = sorted(result["date"][:10] for result in results)
     when = days[0] if days[0] == days[-1] else f"{days[0]} to {days[-1]}"
     return (
-        f"Ours: {len(results)} results on {names(result['device'] for result in results)}, {when}, "
-        f"jax {names(result['versions']['jax'] for result in results)}, "
+        f"Ours: {len(results)} results on {names(result['device'] for result in results)}, "
+        f"{trained}{when}, jax {names(result['versions']['jax'] for result in results)}, "
         f"commit {names(commit[:10] + '+' * commit.endswith('+') for commit in commits)}."
     )
 
@@ -123,7 +125,7 @@ def source(results: Sequence[Mapping[str, Any]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m rkd_jax.report.tables", description=__doc__.splitlines()[0])
-    run.add_flags(parser)
+    run.add_flags(parser, results=_flags.folder)
     parser.add_argument("--output", type=Path, help="write the Markdown here, too")
     flags = parser.parse_args(arguments)
     with _flags.one_sentence(flags):
