@@ -99,7 +99,7 @@ def recorded(path: Path, config: ConfigDict, changes: Mapping[str, Any]) -> Conf
 
     For a network moved out of its run, it is `config` (which has the changes) on the data set that its metadata names;
     where the changes name a data set, `config` as it is. ValueError where that set's images can be had in any size, and
-    nothing says in which.
+    nothing says in which, and where nothing names a data set, and that of `config` is not the network's.
     """
     if "dataset" in changes:
         return config
@@ -108,6 +108,11 @@ def recorded(path: Path, config: ConfigDict, changes: Mapping[str, Any]) -> Conf
     metadata = checkpoint.read_metadata(path, "--workdir")
     dataset = metadata.get("dataset", "")
     if not dataset:
+        if metadata["num_classes"] != data.load(config.dataset, config.data_dir).num_classes:
+            raise ValueError(
+                f"--workdir={path} has {metadata['num_classes']} classes and does not say of what data set; name it: "
+                "--config.dataset=cifar100, say"
+            )
         return config
     if ":" in dataset and "image_size" not in metadata:
         raise ValueError(

@@ -224,6 +224,7 @@ def run(args: argparse.Namespace) -> None:
     formats = args.formats or (["jax"] if ":" in metadata["network"] else ["jax", "torch"])
     for kind in formats:
         _import(kind)
+    _check_output(args.output, metadata, formats)
     export = Export(evaluate.restore(args.folder, shape, field="FOLDER"), shape, args.batch, args.images)
     pixels = _images(args, shape)
     try:
@@ -238,6 +239,20 @@ def run(args: argparse.Namespace) -> None:
         name = FORMATS[kind].file
         files[name] = write(export, kind, args.output / name, pixels) | provenance.record() | {"device": DEVICE}
         _files.write_json(path, facts | {"files": files})
+
+
+def _check_output(output: Path, metadata: Mapping[str, Any], formats: Sequence[str]) -> None:
+    """ValueError where files of another network's export would be left beside the new ones."""
+    try:
+        there = json.loads((output / "network.json").read_text())
+        others = any(there[name] != metadata.get(name) for name in ("network", "fingerprint"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    left = [each.file for kind, each in FORMATS.items() if kind not in formats and (output / each.file).exists()]
+    if others and left:
+        raise ValueError(
+            f"--output={output} holds {', '.join(left)} of another network; remove it, or name another folder"
+        )
 
 
 def _described(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

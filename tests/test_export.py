@@ -229,6 +229,19 @@ def test_every_file_that_is_there_is_described(network, tmp_path):
     assert [*json.loads((tmp_path / "network.json").read_text())["files"]] == ["network.pth"]
 
 
+def test_files_of_another_network_are_not_left_beside_the_new_ones(network, tmp_path):
+    facts = {"network": "resnet8", "fingerprint": "another", "files": {}}
+    (tmp_path / "network.json").write_text(json.dumps(facts))
+    for name in ("network.pth", "mine.txt"):
+        (tmp_path / name).write_text("before")
+    with pytest.raises(SystemExit, match=r"Error: --output=.* holds network\.pth of another network; remove it, or"):
+        export.main([str(network), "--output", str(tmp_path), "--formats", "jax"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.txt", "network.json", "network.pth"]
+    export.main([str(network), "--output", str(tmp_path), "--formats", "torch"])  # in its place
+    assert [*json.loads((tmp_path / "network.json").read_text())["files"]] == ["network.pth"]
+    assert (tmp_path / "mine.txt").read_text() == "before"
+
+
 def test_images_of_a_folder_come_in_the_networks_size(network, tmp_path, capsys):
     for label in range(12):
         (tmp_path / "images" / f"{label:02}").mkdir(parents=True)

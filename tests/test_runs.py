@@ -172,6 +172,15 @@ def test_evaluation_without_a_config_takes_that_of_each_run(tiny, teacher, tmp_p
         evaluate.run(tiny(), tmp_path / "all" / "own")
 
 
+def test_evaluation_of_a_network_that_names_no_data_set_asks_for_it(tiny, teacher, tmp_path):
+    moved = shutil.copytree(teacher, tmp_path / "converted")
+    metadata = json.loads((moved / "metadata.json").read_text())
+    (moved / "metadata.json").write_text(json.dumps(metadata | {"num_classes": 100}))
+    message = r"^--workdir=.*converted has 100 classes and does not say of what .*: --config.dataset=cifar100, say$"
+    with pytest.raises(ValueError, match=message):
+        evaluate.run(tiny(), moved, {})
+
+
 def test_what_smoke_tests_on_random_images_says_so(tmp_path):
     shutil.copytree(ROOT / "results" / "networks" / "cifar100_res56_res20", tmp_path / "network")
     config = cifar100_res56_res20.get_config()
