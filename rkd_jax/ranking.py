@@ -96,7 +96,7 @@ def _checked(values, direction, eps):
     values = values.astype(jnp.promote_types(values.dtype, jnp.float32))
     if isinstance(eps, jax.core.Tracer):
         values = values * jnp.where(eps > 0, 1, jnp.nan).astype(values.dtype)
-    elif not np.asarray(eps, values.dtype) >= jnp.finfo(values.dtype).tiny:  # whose inverse is finite; not traced
+    elif not float(eps) >= float(jnp.finfo(values.dtype).tiny):  # with a finite inverse; an array's `>=` is traced
         raise ValueError(f"regularization_strength={eps} must be positive, and normal in {values.dtype}")
     return values, jnp.asarray(eps, values.dtype).reshape((1,) * values.ndim)
 

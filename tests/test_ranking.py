@@ -334,7 +334,8 @@ def test_outliers_cost_a_long_row_no_precision(n):
     np.testing.assert_allclose(ranking.soft_rank(x, "DESCENDING"), ranks, rtol=0, atol=3e-7 * n)
 
 
-def test_soft_sort_of_an_infinite_strength_is_the_mean():
+def test_an_infinite_strength_gives_the_mean():
+    np.testing.assert_array_equal(ranking.soft_rank(jnp.array([3.0, 1.0, 2.0]), "ASCENDING", jnp.inf), [2.0] * 3)
     np.testing.assert_array_equal(ranking.soft_sort(jnp.array([3.0, 1.0, 2.0, 2.0]), "ASCENDING", jnp.inf), [2.0] * 4)
 
 
