@@ -87,20 +87,15 @@ class Distiller:
     tuned: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __post_init__(self):
-        """ValueError for a hyper-parameter that is not finite, or breaks its own claim."""
+        """ValueError for a hyper-parameter of another type, that is not finite, or that breaks its own claim."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            holds, claim = field.metadata.get("claim", (lambda value: True, ""))
-            if isinstance(field.default, float) and isinstance(value, str | None | Sequence):
-                holds, claim = (lambda value: False), "has to be a number"
-            elif isinstance(field.default, bool) and not isinstance(value, bool):
-                holds, claim = (lambda value: False), "has to be True or False"
-            elif type(field.default) is int and type(value) is not int:
-                holds, claim = (lambda value: False), "has to be a whole number"
-            elif isinstance(value, float) and not math.isfinite(value):
-                holds, claim = (lambda value: False), "has to be finite"
-            if not holds(value):
-                raise ValueError(f"config.{field.name}={value!r} {claim}; unset, it is {field.default!r}")
+            wrong = _wrong_type(field.default, value)
+            if not wrong and "claim" in field.metadata:
+                holds, claim = field.metadata["claim"]
+                wrong = "" if holds(value) else claim
+            if wrong:
+                raise ValueError(f"config.{field.name}={value!r} {wrong}; unset, it is {field.default!r}")
 
     def init(self, rng: jax.Array, student: Outputs, teacher: Outputs, num_examples: int) -> tuple[Params, State]:
         """Returns what the method trains and what it carries; the outputs (of one view) are jax.ShapeDtypeStructs."""
@@ -130,6 +125,19 @@ class Distiller:
     def wrap_optimizer(self, tx: optax.GradientTransformation) -> optax.GradientTransformation:
         """Returns the optimizer to use in place of `tx`."""
         return tx
+
+
+def _wrong_type(default: Any, value: Any) -> str:
+    """What a value has to be that stands where `default` is the default; "" where it is."""
+    if isinstance(default, float) and isinstance(value, str | None | Sequence):
+        return "has to be a number"
+    if isinstance(default, bool) and not isinstance(value, bool):
+        return "has to be True or False"
+    if type(default) is int and type(value) is not int:
+        return "has to be a whole number"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "has to be finite"
+    return ""
 
 
 def distilled_logits(student: Outputs, teacher: Outputs, standardize: bool) -> tuple[jax.Array, jax.Array]:
