@@ -588,6 +588,17 @@ def test_folder_without_splits(tmp_path):
     assert (splits.train.images[:, 0, 0, 0] == 50 * splits.train.labels).all()
 
 
+def test_grey_images_with_alpha_are_grey(tmp_path):
+    write_folder(tmp_path, {"ape": 10, "bee": 10})
+    for path in tmp_path.rglob("*.*"):
+        Image.new("LA", (9, 9), (7, 128)).save(path.with_suffix(".png"))
+        if path.suffix != ".png":
+            path.unlink()
+    images = data.load(f"folder:{tmp_path}").train.images
+    assert images.shape == (18, 9, 9, 1)
+    assert (images == 7).all()
+
+
 def test_folder_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="is no folder; it should hold one sub-folder a class"):
         data.load(f"folder:{tmp_path}/absent")

@@ -475,7 +475,7 @@ def test_what_was_killed_before_it_saved_is_no_run(tiny, tmp_path):
         with pytest.raises(ValueError, match="holds a run of another config"):
             run_folder.claim(tmp_path, {"num_steps": 6})  # where none can be kept out
     train.train_and_evaluate(tiny(), tmp_path)
-    assert [record["step"] for record in records(tmp_path)][-1] == 12
+    assert max(record["step"] for record in records(tmp_path)) == 12  # what was written before is gone
 
 
 @pytest.mark.slow
