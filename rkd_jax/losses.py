@@ -15,15 +15,9 @@ EXCLUDED = -1e30  # the logit of a class left out: its probability is exactly 0,
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """-log softmax(s)_y; [..., C], integer [...] -> [...]. A label that is none of 0 to C - 1 makes its row NaN."""
-    shape, kind = jnp.shape(logits), jnp.result_type(labels)
-    if not jnp.issubdtype(kind, jnp.integer):
-        raise TypeError(f"labels has dtype {kind}; give each row's class as an integer, e.g. int32")
-    if jnp.shape(labels) != shape[:-1]:
-        raise ValueError(
-            f"labels has shape {jnp.shape(labels)}, and logits {shape}; give each row's class, of shape {shape[:-1]}"
-        )
-    known = (labels >= 0) & (labels < np.int32(shape[-1]))
-    counted = is_label(logits, labels) | ~known[..., None]  # all of a row that becomes NaN, so that its gradient does
+    label = is_label(logits, labels)
+    known = (labels >= 0) & (labels < np.int32(logits.shape[-1]))
+    counted = label | ~known[..., None]  # all of a row that becomes NaN, so that its gradient does
     log_p = jnp.sum(jax.nn.log_softmax(promote(logits)), axis=-1, where=counted)
     return -log_p * jnp.where(known, 1, jnp.nan).astype(log_p.dtype)
 
@@ -127,7 +121,14 @@ def pick(values: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def is_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Which class is the label; [..., C], integer [...] -> bool [..., C]."""
+    """Which class is the label; [..., C], integer [...] -> bool [..., C]. TypeError, ValueError for other labels."""
+    shape, kind = jnp.shape(logits), jnp.result_type(labels)
+    if not jnp.issubdtype(kind, jnp.integer):
+        raise TypeError(f"labels has dtype {kind}; give each row's class as an integer, e.g. int32")
+    if jnp.shape(labels) != shape[:-1]:
+        raise ValueError(
+            f"labels has shape {jnp.shape(labels)}, and logits {shape}; give each row's class, of shape {shape[:-1]}"
+        )
     return jnp.arange(logits.shape[-1]) == labels[..., None]
 
 
@@ -176,11 +177,13 @@ def log_probabilities(
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax of both sides' logits / T over the classes where `where`; the others' values mean nothing.
 
-    T is a scalar; ValueError for any other shape.
+    T is a positive and finite scalar; ValueError for any other (a traced one is not checked).
     """
     same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     if jnp.ndim(temperature):
         raise ValueError(f"temperature has shape {jnp.shape(temperature)}; give a scalar, or use jax.vmap")
+    if not isinstance(temperature, jax.core.Tracer) and not 0 < float(temperature) < float("inf"):
+        raise ValueError(f"temperature={temperature} must be positive and finite")
     scaled = (promote(student_logits) / temperature, promote(teacher_logits) / temperature)
     if where is not None:
         scaled = tuple(jnp.where(where, logits, EXCLUDED) for logits in scaled)

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -44,15 +43,17 @@ def create_schedule(
     return lambda step: schedule(step) * jnp.minimum((step + 1) / warmup, 1.0)
 
 
-def create_optimizer(name: str, schedule: optax.Schedule, **options: Any) -> optax.GradientTransformation:
-    """The optimizer of that name, for every parameter; options: the values of `OPTIONS`, which default to none.
+def create_optimizer(
+    name: str, schedule: optax.Schedule, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """The optimizer of that name, for every parameter.
 
     "sgd" is torch.optim.SGD: v = momentum * v + (g + weight_decay * p); p = p - rate * v. "optax:adamw", or another
     my_module:factory, is factory(learning_rate=schedule) with those of the options that it takes by name.
     Raises ValueError where it cannot be used, or does not take a weight_decay that is not 0.
     """
     factory, field = _factory(name), f"config.optimizer={name!r}"
-    options = dict.fromkeys(OPTIONS, 0) | options
+    options = dict(zip(OPTIONS, (momentum, nesterov, weight_decay), strict=True))
     if "schedule_free" in name:
         raise ValueError(f"{field} is tested at averaged parameters, which this loop does not do; take another")
     try:
@@ -62,7 +63,7 @@ def create_optimizer(name: str, schedule: optax.Schedule, **options: Any) -> opt
     if not isinstance(tx, optax.GradientTransformation):
         way = "; its .gradient_transformation() is one" if hasattr(tx, "gradient_transformation") else ""
         raise ValueError(f"{field} returned a {type(tx).__name__}; return an optax.GradientTransformation{way}")
-    if options["weight_decay"] and "weight_decay" not in taken(name):
+    if weight_decay and "weight_decay" not in taken(name):
         raise ValueError(f"{field} takes no weight_decay; set config.weight_decay=0, or take another")
     return tx
 

@@ -235,6 +235,12 @@ def test_a_sweeps_folder_is_all_its_runs(tmp_path):
     assert figures.each_run([str(tmp_path / "sweep"), alone]) == [*folders, alone]
     (best, _) = drawn("lambda", "--runs", tmp_path / "sweep", alone)[0].axes[0].lines
     np.testing.assert_array_equal(best.get_xdata(), [0.5, 1.0, 5.0])
+    by_shell = sorted((tmp_path / "sweep").iterdir())  # sweep/*
+    assert len(by_shell) == 3
+    for what in ([tmp_path / "sweep"], by_shell):
+        names = [line.get_label() for line in drawn("curves", "--runs", *what)[0].axes[0].lines]
+        assert names == ["lam=0.5,seed=0", "lam=5.0,seed=0"]
+        assert len(drawn("lambda", "--runs", *what)[0].axes[0].lines[0].get_xdata()) == 2
 
 
 def test_output_may_be_named_with_its_suffix(tmp_path):

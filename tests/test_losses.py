@@ -203,8 +203,11 @@ def test_labels_that_are_no_class_make_their_rows_nan(dtype):
 def test_labels_that_cannot_be_are_named():
     with pytest.raises(TypeError, match=r"labels has dtype float32; give each row's class as an integer, e\.g\. int32"):
         losses.cross_entropy(S, jnp.float32(Y))
-    with pytest.raises(ValueError, match=r"labels has shape \(5, 1\), and logits \(5, 7\); give .* shape \(5,\)"):
-        losses.cross_entropy(S, Y[:, None])
+    of_labels = (losses.cross_entropy, losses.pick, losses.label_against_rest, losses.label_first)
+    for loss in (*of_labels, lambda s, y: losses.label_kl(s, T, y, Y), lambda s, y: losses.label_kl(T, s, Y, y)):
+        for labels in (Y[:, None], Y[:1], Y[0]):
+            with pytest.raises(ValueError, match=r"labels has shape \(.*\), and logits \(5, 7\); give .* shape \(5,\)"):
+                loss(jnp.float32(S), jnp.int32(labels))
 
 
 @pytest.mark.parametrize("name", ["kl", "soft_cross_entropy", "label_kl", "ranking_alignment", "pearson"])
@@ -226,6 +229,17 @@ def test_a_temperature_an_example_is_vmaps_business(name):
             loss(S, T, shaped)
     expected = [loss(s, t, float(temperature)) for s, t, temperature in zip(S, T, temperatures, strict=True)]
     np.testing.assert_allclose(jax.vmap(loss)(S, T, temperatures), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["kl", "soft_cross_entropy"])
+def test_a_temperature_is_positive_and_may_be_an_array(name):
+    loss = getattr(losses, name)
+    for temperature in (0, -1.0, jnp.float32(0), float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"^temperature=.* must be positive and finite"):
+            jax.jit(lambda s, t, T=temperature: loss(s, t, T))(S, T)
+    for temperature in (4, np.float32(4), jnp.float32(4)):
+        given = jax.jit(lambda s, t, T=temperature: loss(s, t, T))(S, T)
+        np.testing.assert_allclose(given, loss(S, T, 4.0), rtol=1e-5)
 
 
 def test_kl_at_extreme_logits_is_exact():

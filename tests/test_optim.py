@@ -121,6 +121,8 @@ def every_second(learning_rate):
 
 
 def test_own_optimizer_is_given_what_it_takes():
+    with pytest.raises(TypeError, match="b1"):
+        optim.create_optimizer("optax:adamw", lambda step: 0.5, b1=0.5)
     tx = optim.create_optimizer("test_optim:clipped", lambda step: 0.5, momentum=0.9)
     updates, _ = tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))
     np.testing.assert_allclose(updates, [-0.3, -0.4], rtol=1e-6)

@@ -133,6 +133,19 @@ def test_teachers_of_the_repository_are_found_from_elsewhere(tmp_path, monkeypat
     assert Path(given).resolve() == ROOT / "teachers" / "resnet32x4"
 
 
+def test_every_run_has_the_fields_that_are_given(tmp_path, monkeypatch):
+    planned = []
+    monkeypatch.setattr(run, "execute", lambda todo, *rest: planned.extend(todo) or {})
+    given = ["--dtype", "bfloat16", "--eval_batch_size", "2500", "--data_dir", "elsewhere"]
+    run.main(["--table", "4", "--results", str(tmp_path), "--teachers", str(tmp_path), *given])
+    assert len(planned) == 3 * 6 + 1  # a teacher, to be trained, among them
+    for each in planned:
+        assert (each.config.dtype, each.config.eval_batch_size, each.config.data_dir) == ("bfloat16", 2500, "elsewhere")
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match=r"^Error: .*--data_dir"):
+        run.main(["--table", "4", "--results", str(tmp_path), "--data_dir", str(tmp_path / "nowhere")])
+
+
 def result(best, last, device="toaster", teacher="f1"):
     return {
         "best": {"top1": best},

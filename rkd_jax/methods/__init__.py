@@ -144,6 +144,8 @@ def _create(method: type[Distiller], given: Mapping[str, Any], places: tuple[str
     foreign = {name: values.pop(name) for name in list(values) if name not in known}
     for name, kind in _kinds(method).items():
         if kind is Distiller:
+            if isinstance(values.get(name), Distiller):  # which has its fields
+                continue
             inner = load(values[name], f"config.{name}") if name in values else type(known[name].default)
             values[name], foreign = _create(inner, foreign, places), {}
     for name, value in foreign.items():

@@ -164,12 +164,11 @@ class Campaign:
 
     def plan(self, item: Item) -> list[run.Run]:
         """An item's runs."""
-        planned = run.plan(item.members, self._cells_scale, self.work / item.name, self.out / "teachers")
-        for each in planned:
-            each.config.update(dtype=self.dtype(), data_dir=self._data_dir)
-            if self.scale == "full":
-                each.config.eval_batch_size = 2500  # a device that is lent has the memory
-        return planned
+        fields = {"dtype": self.dtype(), "data_dir": self._data_dir}
+        if self.scale == "full":
+            fields["eval_batch_size"] = 2500  # a device that is lent has the memory
+        folder, teachers = self.work / item.name, self.out / "teachers"
+        return run.plan(item.members, self._cells_scale, folder, teachers, **fields)
 
     def dtype(self) -> str:
         """The networks' arithmetic: as the campaign has it so far, as the flag says, or as suits the device."""

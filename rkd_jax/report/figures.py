@@ -9,7 +9,7 @@
 
 Each writes OUTPUT.png and OUTPUT.svg (default: runs/figures/<figure>). A network is its folder, or a run's folder: its
 best network, then. NAME=FOLDER gives the name in the figure. For `curves`, a run is its folder or a copy of its
-metrics.jsonl under any name (results/curves/*.jsonl); for `lambda` and `eps`, a sweep's folder is all its runs.
+metrics.jsonl under any name (results/curves/*.jsonl); a sweep's folder is all its runs.
 """
 
 import argparse
@@ -284,9 +284,12 @@ def draw_tsne(args: argparse.Namespace) -> Figure:
 
 
 def each_run(paths: Sequence[str]) -> list[str]:
-    """The paths of runs, and for a sweep's folder those of all its runs, such as lam=0.1,seed=0."""
+    """The paths of runs, and for a sweep's folder those of all its runs, such as lam=0.1,seed=0.
+
+    Without the sweep.json that SWEEP/* names, too.
+    """
     found = []
-    for path in paths:
+    for path in (path for path in paths if Path(path).name != "sweep.json"):
         inside = sorted(str(run) for run in Path(path).glob("*=*") if run.is_dir())
         found += inside or [path]
     return found
@@ -431,9 +434,10 @@ def _title(records: Sequence[Mapping[str, Any]], what: str) -> str:
 
 def draw_curves(args: argparse.Namespace) -> Figure:
     """Loss, training accuracy and test top-1 of runs, by epoch, the best and the last evaluation marked."""
+    runs = each_run(args.runs)
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     loss, accuracy, top1 = figure.subplots(1, 3)
-    for i, (label, folder) in enumerate(map(named, args.runs)):
+    for i, (label, folder) in enumerate(map(named, runs)):
         look = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i // len(COLORS) % len(LINES)]}
         lines, tests = (load_metrics(folder, kind) for kind in ("train", "test"))
         epochs = [line["epoch"] for line in lines]
@@ -450,7 +454,7 @@ def draw_curves(args: argparse.Namespace) -> Figure:
     top1.set(title="test accuracy (star: best, dot: last)", ylabel="top-1, %")
     for axis in (loss, accuracy, top1):
         axis.set_xlabel("epoch")
-    figure.legend(loc="outside lower center", ncols=min(5, len(args.runs)))
+    figure.legend(loc="outside lower center", ncols=min(5, len(runs)))
     return figure
 
 
@@ -485,7 +489,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
         if name in ("curves", "lambda", "eps"):
             metavar = "NAME=FOLDER" if name == "curves" else "FOLDER"
-            what = "of runs, or files of metrics" if name == "curves" else "of runs, or of a sweep"
+            what = "of runs, or of a sweep" + (", or files of metrics" if name == "curves" else "")
             command.add_argument("--runs", nargs="+", required=True, metavar=metavar, help=what)
             continue
         command.add_argument("--dataset", default="", help="default: what the networks were trained on")

@@ -44,9 +44,9 @@ class Run(NamedTuple):
         return pair, seed, self.name if alone else ""
 
 
-def plan(chosen: Iterable[cells.Cell], scale: str, workdir: Path, *teachers: Path) -> list[Run]:
+def plan(chosen: Iterable[cells.Cell], scale: str, workdir: Path, *teachers: Path, **fields: Any) -> list[Run]:
     """The runs of some cells, the teachers' first; cells with the same config share one. `teachers`: folders that may
-    hold some.
+    hold some; `fields`: of every run's config, such as dtype.
 
     That happens where pairs have one teacher, or one student alone, in common, and everywhere in a toy.
     """
@@ -54,6 +54,7 @@ def plan(chosen: Iterable[cells.Cell], scale: str, workdir: Path, *teachers: Pat
 
     def add(cell: cells.Cell) -> Run:
         config = cells.configure(cell, scale)
+        config.update(fields)
         if config.teacher:
             config.teacher_checkpoint = str(add(cell._replace(name="teacher", seed=0)).network)
         name = f"{_place(config)}/{cell.name}-seed{cell.seed}"
@@ -213,12 +214,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--workdir", type=Path, default="runs/report", help="where the runs are kept; default: runs/report"
     )
     parser.add_argument("--together", type=_flags.positive, default=1, help="train up to this many of a pair as one")
+    parser.add_argument("--data_dir", help="as config.data_dir")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="as config.dtype, of every run")
+    parser.add_argument("--eval_batch_size", type=_flags.positive, help="as config.eval_batch_size")
     parser.add_argument("--dry_run", action="store_true", help="print what would be run")
     flags = parser.parse_args(arguments)
     logging.set_verbosity(logging.WARNING)
     with _flags.one_sentence(flags):
         chosen = cells.select(table_numbers(flags.table), flags.seeds, flags.only, flags.methods)
-        planned = plan(chosen, flags.scale, flags.workdir, *flags.teachers)
+        fields = {name: getattr(flags, name) for name in ("data_dir", "dtype", "eval_batch_size")}
+        fields = {name: value for name, value in fields.items() if value is not None}
+        planned = plan(chosen, flags.scale, flags.workdir, *flags.teachers, **fields)
         todo = missing(planned, flags.results, flags.scale)
         print(describe(planned, todo, flags.scale), flush=True)
         if flags.dry_run:
