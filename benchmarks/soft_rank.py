@@ -11,14 +11,11 @@ torchsort builds for a CPU where nvcc is not on the PATH: pip install --no-build
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import importlib.util
 import os
-import platform
-import shlex
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false " + os.environ.get("XLA_FLAGS", "")
@@ -203,16 +200,11 @@ def available(name):
 
 def conditions(flags, peers):
     """What a reader needs to repeat the run."""
-    packages = ["jax", "jaxlib", "numpy", *(["torch", "torchsort"] if "torchsort" in peers else [])]
-    packages += ["softjax"] if "softjax" in peers else []
-    return {
-        "command": "python -m benchmarks.soft_rank " + shlex.join(sys.argv[1:]),
+    record, packages = provenance.record(), {"torchsort": ("torch", "torchsort"), "softjax": ("softjax",)}
+    record["versions"] |= {name: metadata.version(name) for peer in peers for name in packages.get(peer, ())}
+    return record | {
         "config": {"repeats": flags.repeats, "seconds": flags.seconds, "threads": 1},
         "seed": 0,
-        "commit": provenance.record()["commit"],
-        "device": f"{jax.devices()[0].device_kind}, {provenance.processor()}",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "versions": {"python": platform.python_version(), **{p: importlib.metadata.version(p) for p in packages}},
         "units": "microseconds: median of the repetitions; ratio: median of peer / rkd_jax",
     }
 

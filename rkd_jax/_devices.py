@@ -10,7 +10,7 @@ import jax
 def start(platform: str | None = None) -> jax.Device:
     """Starts JAX's devices, and returns the platform's first, or any; OSError where it cannot.
 
-    Called before what would blame something else. The one that is computed on by default has to compute, too.
+    Called first, so that a lack of devices is not reported as something else. The default one has to compute, too.
     """
     try:
         device = jax.local_devices(backend=platform)[0]

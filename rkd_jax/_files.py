@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,20 @@ def write_json(path: Path, value: Any) -> None:
     fresh = path.with_name(f"{path.name}.new")
     fresh.write_text(json.dumps(value, indent=1) + "\n")
     fresh.replace(path)
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Yields a new folder that takes the place of `folder` in the end, so that nobody ever sees half of it."""
+    fresh, stale = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    for each in (fresh, stale):
+        shutil.rmtree(each, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    yield fresh
+    if folder.exists():
+        folder.rename(stale)
+    fresh.rename(folder)
+    shutil.rmtree(stale, ignore_errors=True)
 
 
 @contextlib.contextmanager

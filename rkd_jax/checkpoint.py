@@ -52,20 +52,13 @@ def save_network(path: str | os.PathLike, variables: Any, metadata: Mapping[str,
     if missing := REQUIRED - set(metadata):
         raise ValueError(f"metadata of a network lacks {', '.join(sorted(missing))}")
     path = Path(path).expanduser().absolute()
-    fresh, stale = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
-    for folder in (fresh, stale):
-        shutil.rmtree(folder, ignore_errors=True)
-    fresh.mkdir(parents=True)
     variables = jax.tree.map(np.asarray, variables)
     saver = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone("network"))
-    with saver, _writing(path):
-        saver.save(fresh / "variables", args=ocp.args.PyTreeSave(variables))
     text = json.dumps(dict(metadata) | {"fingerprint": fingerprint(variables)}, indent=2)
-    (fresh / "metadata.json").write_text(text + "\n")
-    if path.exists():
-        path.rename(stale)
-    fresh.rename(path)
-    shutil.rmtree(stale, ignore_errors=True)
+    with _files.replacing(path) as fresh:
+        with saver, _writing(path):
+            saver.save(fresh / "variables", args=ocp.args.PyTreeSave(variables))
+        (fresh / "metadata.json").write_text(text + "\n")
 
 
 def _alone(what: str) -> ocp.options.MultiprocessingOptions:
@@ -85,8 +78,8 @@ def read_metadata(path: str | os.PathLike, field: str = "path") -> dict[str, Any
             raise FileNotFoundError(f"{field}={given!r} is a run's folder; name the network in it, {best!r}")
         if given and (path / "config.json").is_file():
             raise FileNotFoundError(
-                f"{field}={given!r} is the folder of a run that has no network yet: it has not come to a checkpoint "
-                "after its first evaluation, or diverged before"
+                f"{field}={given!r} is the folder of a run that has no network yet: it has not saved one since "
+                "its first evaluation, or diverged before that"
             )
         beside = "; config.compare=True trains one, too" if field == "config.teacher_checkpoint" else ""
         what = " is not set" if not given else f"={given!r} holds no network (no metadata.json)"

@@ -64,7 +64,13 @@ def from_torch(
         another shape.
     """
     label = f"{str(source)!r}" if isinstance(source, str | os.PathLike) else "the state dict"
-    found = _arrays(_read(source))
+    return _variables(_arrays(_read(source)), name, num_classes, prefix, label)
+
+
+def _variables(
+    found: Mapping[str, np.ndarray], name: str, num_classes: int, prefix: str | None, label: str
+) -> dict[str, Any]:
+    """`from_torch` of arrays by their keys; `label` names their source in the errors."""
     state = _under(found, name, prefix, label)
     channels = _counts(state, name)[1] or 3
     layout = _layout(name, num_classes, channels)
@@ -316,7 +322,7 @@ def _to_folder(args: argparse.Namespace) -> str:
     zoo = _is_of_zoo(path, digest)
     classes, channels = _counts(_under(found, name, args.prefix, repr(str(path))), name)
     num_classes = args.num_classes or classes or 100
-    variables = from_torch(path, name, num_classes, args.prefix)
+    variables = _variables(found, name, num_classes, args.prefix, repr(str(path)))
     metadata = {
         "network": name,
         "num_classes": num_classes,

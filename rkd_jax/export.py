@@ -224,7 +224,8 @@ def run(args: argparse.Namespace) -> None:
     formats = args.formats or (["jax"] if ":" in metadata["network"] else ["jax", "torch"])
     for kind in formats:
         _import(kind)
-    _check_output(args.output, metadata, formats)
+    there = _described(args.output / "network.json")
+    _check_output(args.output, there, metadata, formats)
     export = Export(evaluate.restore(args.folder, shape, field="FOLDER"), shape, args.batch, args.images)
     pixels = _images(args, shape)
     try:
@@ -233,36 +234,32 @@ def run(args: argparse.Namespace) -> None:
         raise OSError(f"--output={args.output} cannot be made a folder ({error.strerror}); name another") from error
     facts = export.signature() | {"platforms of network.jaxexport": PLATFORMS}
     facts |= {name: metadata.get(name) for name in ("fingerprint", "class_names")}
-    path = args.output / "network.json"
-    files = _described(path, facts)
+    facts, path = json.loads(json.dumps(facts)), args.output / "network.json"
+    files = there.pop("files", {})
+    files = files if there == facts else {}  # of the same network, input and output
     for kind in formats:
         name = FORMATS[kind].file
         files[name] = write(export, kind, args.output / name, pixels) | provenance.record() | {"device": DEVICE}
         _files.write_json(path, facts | {"files": files})
 
 
-def _check_output(output: Path, metadata: Mapping[str, Any], formats: Sequence[str]) -> None:
-    """ValueError where files of another network's export would be left beside the new ones."""
+def _described(path: Path) -> dict[str, Any]:
+    """What a network.json says; {} where there is none, or it is damaged."""
     try:
-        there = json.loads((output / "network.json").read_text())
-        others = any(there[name] != metadata.get(name) for name in ("network", "fingerprint"))
-    except (OSError, ValueError, KeyError, TypeError):
-        return
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_output(output: Path, there: Mapping[str, Any], metadata: Mapping[str, Any], formats: Sequence[str]) -> None:
+    """ValueError where files of another network's export would be left beside the new ones."""
+    others = any(name in there and there[name] != metadata.get(name) for name in ("network", "fingerprint"))
     left = [each.file for kind, each in FORMATS.items() if kind not in formats and (output / each.file).exists()]
     if others and left:
         raise ValueError(
             f"--output={output} holds {', '.join(left)} of another network; remove it, or name another folder"
         )
-
-
-def _described(path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The files of a network.json that is there, where it is of the same network, input and output; else {}."""
-    try:
-        there = json.loads(path.read_text())
-        files = there.pop("files")
-    except (FileNotFoundError, ValueError, KeyError):
-        return {}
-    return files if there == json.loads(json.dumps(facts)) else {}
 
 
 def write(export: Export, kind: str, path: Path, pixels: Mapping[str, np.ndarray]) -> dict[str, Any]:

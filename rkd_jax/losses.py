@@ -86,9 +86,9 @@ def ranking_alignment(
     float32 ranks are rounded to 1e-7 C, so that the differences lose digits from an eps of about 100 on.)
     """
     if kind not in ("l2", "l1", "spearman"):
-        raise ValueError(f"config.kind={kind!r} is none of 'l2', 'l1', 'spearman'")
+        raise ValueError(f"kind={kind!r} is none of 'l2', 'l1', 'spearman'")
     if rank_scale not in ("paper", "logits"):
-        raise ValueError(f"config.rank_scale={rank_scale!r} is none of 'paper', 'logits'")
+        raise ValueError(f"rank_scale={rank_scale!r} is none of 'paper', 'logits'")
     same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
     unit = eps if rank_scale == "logits" else 1.0
     student_rank = unit * ranking.soft_rank(student_logits, regularization_strength=eps)

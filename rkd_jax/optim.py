@@ -28,7 +28,7 @@ def create_schedule(
     "cosine": learning_rate (1 + cos(pi step / num_steps)) / 2 (Loshchilov and Hutter 2017, arXiv:1608.03983).
     Raises ValueError for another name.
     """
-    if name not in ("step", "cosine"):
+    if name not in SCHEDULES:
         raise ValueError(f"config.schedule={name!r} is neither 'step' nor 'cosine'")
     if name == "step":
         boundaries: dict[int, float] = {}

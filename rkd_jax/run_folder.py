@@ -72,7 +72,7 @@ def has_begun(workdir: Path) -> bool:
 
 
 def release(workdir: Path) -> None:
-    """Leaves a folder in which nothing was saved to a run of any config."""
+    """Frees a folder in which nothing was saved, so that a run of any config may have it."""
     if not has_begun(workdir):
         (workdir / "config.json").unlink(missing_ok=True)
 

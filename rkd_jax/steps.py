@@ -514,9 +514,7 @@ def _update(
     return state, metrics
 
 
-def make_eval_step(
-    network: nn.Module, normalization: Normalization, mesh: Mesh | None = None
-) -> Callable[..., dict[str, jax.Array]]:
+def make_eval_step(network: nn.Module, normalization: Normalization, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
     """Returns step(variables, images, labels) -> sums over the batch; a label below 0 marks padding.
 
     The sums: "top1", "top5" (images whose label is among the 1, 5 highest logits), "loss" (cross-entropy), "count". The
@@ -525,11 +523,10 @@ def make_eval_step(
 
     @jax.jit
     def eval_step(variables: Any, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
-        if mesh is not None:
-            padding = -len(images) % mesh.size
-            images = jnp.pad(images, [(0, padding)] + [(0, 0)] * 3)
-            labels = jnp.pad(labels, (0, padding), constant_values=-1)
-            images = jax.lax.with_sharding_constraint(images, NamedSharding(mesh, PartitionSpec("data")))
+        padding = -len(images) % mesh.size
+        images = jnp.pad(images, [(0, padding)] + [(0, 0)] * 3)
+        labels = jnp.pad(labels, (0, padding), constant_values=-1)
+        images = jax.lax.with_sharding_constraint(images, NamedSharding(mesh, PartitionSpec("data")))
         with jax.default_matmul_precision("highest"):  # float32's products: the same accuracy on every device
             logits = network.apply(variables, augment.normalize(images, *normalization), train=False).logits
         real = labels >= 0

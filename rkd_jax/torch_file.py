@@ -50,7 +50,7 @@ def load(path: str | os.PathLike) -> Any:
         with path.open("rb") as file:
             read = _load_zip if zipfile.is_zipfile(file) else _load_legacy
             file.seek(0)
-            return _values(read(file, path.stat().st_size))
+            return _values(read(file))
     except _Refused as error:
         raise ValueError(f"{str(path)!r} {error}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -197,8 +197,7 @@ def _check_not_tar(path: Path) -> None:
             raise _Refused(f"is a tar archive; unpack it (tar xf) and name a file of it: {', '.join(names[:8])}")
 
 
-def _load_zip(file: BinaryIO, size: int) -> Any:
-    del size
+def _load_zip(file: BinaryIO) -> Any:
     archive = zipfile.ZipFile(file)
     roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(roots) != 1:
@@ -220,12 +219,13 @@ def _load_zip(file: BinaryIO, size: int) -> Any:
     return _Unpickler(io.BytesIO(archive.read(f"{roots[0]}data.pkl")), storage).load()
 
 
-def _load_legacy(file: BinaryIO, size: int) -> Any:
+def _load_legacy(file: BinaryIO) -> Any:
     """Pickles of a magic number, a version, the machine, the object and its storages' names; then the storages."""
     if _Unpickler(file).load() != _LEGACY_MAGIC:
         raise _Refused("is no file of torch.save")
     _version, _machine = _Unpickler(file).load(), _Unpickler(file).load()
     storages: dict[str, np.ndarray] = {}
+    size = os.fstat(file.fileno()).st_size
 
     def storage(key: tuple) -> _Storage:
         _, kind, name, _, count, view = key

@@ -35,7 +35,7 @@ PER_STUDENT = (
     "student", "student_fingerprint", "method", "seed", "data_seed", "view_reduction", "learning_rate", "schedule",
     "decay_epochs", "decay_factor", "lr_warmup_epochs", "optimizer", "momentum", "nesterov", "weight_decay",
 )  # fmt: skip
-TEACHER = ("teacher", "teacher_checkpoint", "teacher_fingerprint", "fold_teacher")
+TEACHER = ("teacher", "teacher_fingerprint", "fold_teacher")
 ASK_EVERY = 50  # steps, at most, until processes ask each other whether one was told to stop
 
 
@@ -378,7 +378,7 @@ def _check_shared(runs: Sequence[experiment.Experiment], folders: Sequence[Path]
             )
     taught = [i for i, run in enumerate(runs) if run.teacher is not None]
     for i in taught[1:]:
-        check(i, taught[0], ("teacher", "teacher_fingerprint", "fold_teacher"))
+        check(i, taught[0], TEACHER)
 
 
 def _restore(students: Sequence[Student]) -> tuple[list[Student], int]:
@@ -397,7 +397,7 @@ def _restore(students: Sequence[Student]) -> tuple[list[Student], int]:
         found = [student.read(step) for student in group]
         if None not in found:
             for student, (state, progress) in zip(group, found, strict=True):
-                student.state, student.progress = state, {"timed_steps": step} | progress
+                student.state, student.progress = state, progress
             return group, step
         if lost := [student.workdir for student in group if not student.saved()]:
             raise ValueError(

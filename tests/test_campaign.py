@@ -91,7 +91,7 @@ def test_list_is_made_of_cells():
 
 @pytest.fixture
 def short(monkeypatch):
-    """A list of two items, of 12 steps each, and no margin."""
+    """A failing benchmark, a teacher, its two students and one whose teacher is absent; 12 steps each, no margin."""
     ranking = cells.Cell(campaign.PAIR, "ranking_alignment", 0)
     listed = [
         campaign.Item("bench", command=("benchmarks.nothing",), seconds=1),

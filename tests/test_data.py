@@ -609,7 +609,7 @@ def test_folder_errors(tmp_path):
     with pytest.raises(ValueError, match="holds 0 images in 0 sub-folders"):
         data.load(f"folder:{tmp_path}")
     write_folder(tmp_path, {"ape": 2, "bee": 2})
-    with pytest.raises(ValueError, match=f"config.dataset='folder:{tmp_path}': no class has ten images"):
+    with pytest.raises(ValueError, match=f"config.dataset='folder:{tmp_path}': no class has 10 images"):
         data.load(f"folder:{tmp_path}")
     Image.fromarray(np.full((10, 12), 60000, np.uint16)).save(tmp_path / "bee" / "deep.png")
     with pytest.raises(ValueError, match=r"deep.png has more than 8 bits a pixel \(PIL's mode I.*\); convert it to 8"):

@@ -645,7 +645,7 @@ def test_a_run_of_norm_leaves_a_plain_network_of_the_accuracy_that_it_says(two_s
     run = experiment.build(config)
     variables, metadata = load_network(tmp_path / "last", "small_network:two_stages", 10)
     experiment.check_variables(run.student, variables, run.splits.train.images.shape[1:], "last")
-    evaluate = steps.make_eval_step(run.student, run.recipe.student_normalization)
+    evaluate = steps.make_eval_step(run.student, run.recipe.student_normalization, steps.local_mesh())
     assert (
         steps.evaluate(evaluate, variables, *run.splits.test, 32)["top1"] == metadata["top1"] == summary["last"]["top1"]
     )
@@ -669,7 +669,7 @@ def test_gate_of_the_docs_is_merged_into_the_classifier(two_stages, tmp_path, mo
     gate = params["method"]["gate"]
     assert np.abs(gate - 1).max() > 1e-4
     np.testing.assert_allclose(variables["params"]["fc"]["kernel"], gate[:, None] * params["student"]["fc"]["kernel"])
-    evaluate = steps.make_eval_step(run.student, run.recipe.student_normalization)
+    evaluate = steps.make_eval_step(run.student, run.recipe.student_normalization, steps.local_mesh())
     assert steps.evaluate(evaluate, variables, *run.splits.test, 32)["top1"] == summary["last"]["top1"]
 
 

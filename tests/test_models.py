@@ -267,7 +267,7 @@ def test_logits_have_every_digit_on_any_device(name, side):
         return outputs.logits.sum() + outputs.class_maps.sum()
 
     gradient = jax.make_jaxpr(jax.grad(logits))
-    test = jax.make_jaxpr(steps.make_eval_step(model, steps.Normalization((0.5,) * 3, (0.5,) * 3)))
+    test = jax.make_jaxpr(steps.make_eval_step(model, steps.Normalization((0.5,) * 3, (0.5,) * 3), steps.local_mesh()))
     with _conv.xla_alone():  # as on a GPU
         training = str(gradient(variables["params"], variables["batch_stats"]))
         testing = str(test(variables, np.zeros(images.shape, np.uint8), np.zeros(2, np.int32)))

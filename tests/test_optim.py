@@ -63,8 +63,6 @@ def test_optimizer_equals_torchs(name, theirs, options):
     parameter = torch.nn.Parameter(torch.tensor(start, dtype=torch.float32))
     optimizer = getattr(torch.optim, theirs)([parameter], lr=0.1, weight_decay=0.05, **options)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3], 0.1)
-    with pytest.raises(ValueError, match=r"config\.schedule='steps' is neither 'step' nor 'cosine'"):
-        optim.create_schedule("steps", 0.1, num_steps=6, steps_per_epoch=1)
     schedule = optim.create_schedule("step", 0.1, num_steps=6, steps_per_epoch=1, decay_epochs=(3,), decay_factor=0.1)
     tx = optim.create_optimizer(name, schedule, weight_decay=0.05, **options)
     ours = jnp.asarray(start, "float32")
@@ -118,6 +116,11 @@ def summed(learning_rate):
 
 def every_second(learning_rate):
     return optax.MultiSteps(optax.sgd(learning_rate), 2)
+
+
+def test_another_schedule_is_named():
+    with pytest.raises(ValueError, match=r"config\.schedule='steps' is neither 'step' nor 'cosine'"):
+        optim.create_schedule("steps", 0.1, num_steps=6, steps_per_epoch=1)
 
 
 def test_own_optimizer_is_given_what_it_takes():

@@ -348,6 +348,13 @@ def test_smoke_of_a_folder_takes_a_few_of_its_images(tiny, tmp_path, capsys):
     assert "random images" not in text
 
 
+def test_fields_of_the_step_reach_it(tiny):
+    run = experiment.build(tiny(crop_padding=2, flip=True, rotation=5.0, fold_teacher=True))
+    assert run.recipe.augmentation == {"padding": 2, "flip": True, "rotation": 5.0}
+    assert not run.teacher_variables["batch_stats"]
+    assert experiment.build(tiny(fold_teacher=False)).teacher_variables["batch_stats"]
+
+
 def test_folded_teacher_gives_the_same_losses(tiny, tmp_path):
     lines = []
     for fold in (False, True):

@@ -109,6 +109,8 @@ def test_a_gpus_program_has_nothing_of_a_cpus(resnets, monkeypatch):
     run, state, inputs, step = prepare(resnets(method="ranking_alignment", log_every=50))
     assert run.loop.steps_per_call == 8  # an epoch
     assert run.learner.views_in_one_batch
+    own = experiment.build(resnets(student="small_network:create"))
+    assert not own.learner.views_in_one_batch  # it may not bear that
     assert not run.teacher_variables["batch_stats"]  # folded
     program = jax.jit(functools.partial(step, count=2))
     text = export.export(program, platforms=("cuda",))(state, inputs, steps.epoch_order(RNG, 0, 64)).mlir_module()
@@ -351,7 +353,7 @@ def test_first_bad_step_is_kept(tiny):
     @dataclasses.dataclass(frozen=True)
     class Bad(base.Distiller):
         def loss(self, params, state, student, teacher, batch, context):
-            return {"label": jnp.where(context.step == 2, jnp.nan, 1.0) + 0 * student.logits.sum()}, state, {}
+            return {"label": jnp.where(context.step >= 2, jnp.nan, 1.0) + 0 * student.logits.sum()}, state, {}
 
     _, state, inputs, step = prepare(tiny(), Bad())
     order = steps.epoch_order(RNG, 0, 64)
@@ -365,7 +367,9 @@ def test_evaluation_equals_numpy(tiny, batch_size):
     run = experiment.build(tiny(num_test=90))
     variables = run.teacher_variables
     normalization = run.recipe.student_normalization
-    result = steps.evaluate(steps.make_eval_step(run.teacher, normalization), variables, *run.splits.test, batch_size)
+    result = steps.evaluate(
+        steps.make_eval_step(run.teacher, normalization, steps.local_mesh()), variables, *run.splits.test, batch_size
+    )
     images = augment.normalize(jnp.asarray(run.splits.test.images), *normalization)
     logits = np.asarray(run.teacher.apply(variables, images, train=False).logits, np.float64)
     labels = run.splits.test.labels

@@ -13,5 +13,4 @@ def get_config():
     config.views = "weak"
     config.num_epochs = 240
     config.learning_rate = 0.05
-    config.decay_epochs = (150, 180, 210)
     return config

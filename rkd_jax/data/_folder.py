@@ -17,7 +17,7 @@ from absl import logging
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from rkd_jax.data import _prepared
-from rkd_jax.data.base import Split, Splits, moments
+from rkd_jax.data.base import Split, Splits, hold_out, moments
 
 HELD_OUT = ("test", "val", "valid", "validation")
 SPLITS = ("train", "training", *HELD_OUT, "testing", "dev", "eval")  # what others call the parts of a set
@@ -64,7 +64,7 @@ def load(path: str, image_size: int | None = None) -> Splits:
     if parts == [held_out]:
         train, test = Split(splits[0].images[:0], splits[0].labels[:0]), splits[0]
     else:
-        train, test = splits if len(splits) == 2 else _prepared.hold_out(splits[0], f"config.dataset='folder:{path}'")
+        train, test = splits if len(splits) == 2 else hold_out(splits[0], f"config.dataset='folder:{path}'")
     images = train.images if len(train.images) else test.images
     return Splits(train, test, len(classes), *moments(images), tuple(classes))
 

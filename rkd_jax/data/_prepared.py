@@ -28,7 +28,7 @@ from absl import logging
 from PIL import Image
 
 from rkd_jax import _files
-from rkd_jax.data.base import Split, Splits, moments
+from rkd_jax.data.base import Split, Splits, hold_out, moments
 
 SIZE = 64  # pixels: the side to which images of unequal size are resized
 _FORMAT = 1  # of the cache; another number is decoded anew
@@ -274,18 +274,6 @@ def resize(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
         return image
     pixels = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     return np.asarray(pixels.resize((shape[1], shape[0]), Image.Resampling.BILINEAR)).reshape(shape)
-
-
-def hold_out(split: Split, field: str) -> tuple[Split, Split]:
-    """Training and test images of a set that has no test split: every tenth image of each class is a test image."""
-    held_out = np.zeros(len(split.labels), bool)
-    for label in np.unique(split.labels):
-        held_out[np.flatnonzero(split.labels == label)[9::10]] = True
-    if not held_out.any():
-        raise ValueError(f"{field}: no class has ten images, so that none can be held out for testing; add test images")
-    return Split(split.images[~held_out], split.labels[~held_out]), Split(
-        split.images[held_out], split.labels[held_out]
-    )
 
 
 # Preparing.

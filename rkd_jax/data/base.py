@@ -35,3 +35,16 @@ def moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean = counts @ levels / counts.sum(1)
     variance = (counts * (levels - mean[:, None]) ** 2).sum(1) / counts.sum(1)
     return tuple(mean.tolist()), tuple(np.maximum(np.sqrt(variance), 1 / 255).tolist())
+
+
+def hold_out(split: Split, field: str, every: int = 10) -> tuple[Split, Split]:
+    """Training and test images of a set without a test split, which gets one of `every` images of each class."""
+    held_out = np.zeros(len(split.labels), bool)
+    for label in np.unique(split.labels):
+        held_out[np.flatnonzero(split.labels == label)[every - 1 :: every]] = True
+    if not held_out.any():
+        raise ValueError(
+            f"{field}: no class has {every} images, so that none can be held out for testing; add test images"
+        )
+    train, test = (Split(split.images[chosen], split.labels[chosen]) for chosen in (~held_out, held_out))
+    return train, test

@@ -4,7 +4,7 @@ from rkd_jax.data import _prepared
 from rkd_jax.data.base import Splits
 
 FORM = (32, 32, 3), 100  # of an image, and the number of classes
-MEAN = (0.5071, 0.4867, 0.4408)  # the community's figures: PROTOCOL.md, section 1
+MEAN = (0.5071, 0.4867, 0.4408)  # as RepDistiller and mdistiller normalise
 STD = (0.2675, 0.2565, 0.2761)
 
 

@@ -6,7 +6,7 @@ training, 355 for testing.
 
 import numpy as np
 
-from rkd_jax.data.base import Split, Splits, moments
+from rkd_jax.data.base import Split, Splits, hold_out, moments
 
 
 def load(data_dir: str = "") -> Splits:
@@ -16,10 +16,5 @@ def load(data_dir: str = "") -> Splits:
 
     images, labels = load_digits(return_X_y=True)
     images = np.round(images * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
-    labels = labels.astype(np.int32)
-    held_out = np.zeros(len(labels), bool)
-    for label in range(10):
-        held_out[np.flatnonzero(labels == label)[4::5]] = True
-    train = Split(images[~held_out], labels[~held_out])
-    mean, std = moments(train.images)
-    return Splits(train, Split(images[held_out], labels[held_out]), 10, mean, std, tuple("0123456789"))
+    train, test = hold_out(Split(images, labels.astype(np.int32)), "config.dataset='digits'", every=5)
+    return Splits(train, test, 10, *moments(train.images), tuple("0123456789"))

@@ -7,7 +7,7 @@ from rkd_jax.data import _prepared
 from rkd_jax.data.base import Splits
 
 FORM = (64, 64, 3), 200  # of an image, and the number of classes
-MEAN = (0.4802, 0.4481, 0.3975)  # the community's figures: PROTOCOL.md, section 1
+MEAN = (0.4802, 0.4481, 0.3975)  # as is common for this set
 STD = (0.2302, 0.2265, 0.2262)
 
 

@@ -30,7 +30,7 @@ from rkd_jax.report import cells, pack, paper, run
 
 PAIR = "cifar100_res32x4_res8x4"
 # Of DIR; of work, a part is: `Campaign.files`.
-NOT_PACKED = ("state", "state.new", "state.old", "packed", "work", "data", "cache")
+NOT_PACKED = ("state", ".state.new", ".state.old", "packed", "work", "data", "cache")
 
 
 class Scale(NamedTuple):

@@ -8,12 +8,13 @@ weights to five sixths.
 import hashlib
 import io
 import json
-import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+
+from rkd_jax import _files
 
 PART = 16 << 20  # bytes at most
 HEADER = 512  # bytes kept for a part's first line
@@ -34,19 +35,11 @@ def pack(files: Mapping[str, Path], folder: Path) -> tuple[int, dict[str, int]]:
     whole = buffer.getbuffer()
     step = PART - HEADER
     chunks = [whole[start : start + step] for start in range(0, len(whole), step)]
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
     state = hashlib.sha256(whole).hexdigest()
-    for i, chunk in enumerate(chunks):
-        facts = {"part": i, "parts": len(chunks), "state": state, "sha256": hashlib.sha256(chunk).hexdigest()}
-        (fresh / f"part-{i}").write_bytes(json.dumps(facts).encode() + b"\n" + chunk)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with _files.replacing(folder) as fresh:
+        for i, chunk in enumerate(chunks):
+            facts = {"part": i, "parts": len(chunks), "state": state, "sha256": hashlib.sha256(chunk).hexdigest()}
+            (fresh / f"part-{i}").write_bytes(json.dumps(facts).encode() + b"\n" + chunk)
     folders: dict[str, int] = {}
     for name, size in sizes.items():
         place = "/".join(name.split("/")[:2])
