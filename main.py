@@ -31,7 +31,8 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, print where in t
 def main(argv):
     """Runs the config and turns errors of the user's into one sentence."""
     if len(argv) > 1:
-        sys.exit(f"Error: {argv[1]!r} is no flag; write --config.FIELD=VALUE")
+        mend = f"--config={argv[1]}" if argv[1].endswith(".py") else "--config.FIELD=VALUE"
+        sys.exit(f"Error: {argv[1]!r} is no flag; write {mend}")
     logging.set_verbosity(logging.WARNING)
     _memory.keep()
     name = os.path.basename(config_flags.get_config_filename(FLAGS["config"]))

@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.dataset = "cifar100"  # a file of rkd_jax/data/, "tfds:NAME", or "folder:PATH"
     config.data_dir = ""  # where TFDS keeps its sets; "": $TFDS_DATA_DIR, or ~/tensorflow_datasets
     config.image_size = placeholder(int)  # pixels a side, for "tfds:" and "folder:" alone
-    config.num_train = placeholder(int)  # train on this many images, classes balanced
+    config.num_train = placeholder(int)  # train on this many images, of each class as many as of any other, or one more
     config.num_test = placeholder(int)  # test on this many images
 
     # Networks: names of rkd_jax/models/, or "my_module:factory".

@@ -209,7 +209,8 @@ def _by_prefix(
 def _under(found: Mapping[str, np.ndarray], name: str, prefix: str | None, label: str) -> dict[str, np.ndarray]:
     """The arrays behind one prefix, without it: the given one, or that whose keys are nearest to the network's."""
     expected, states = _layout(name, 2, 1).keys(), _by_prefix(found, name, prefix)
-    nearest = sorted(states, key=lambda start: (len(states[start].keys() ^ expected), start))
+    # Fewest missing first: a few layers of a larger network, taken for all, would leave less over than the whole does.
+    nearest = sorted(states, key=lambda at: (len(expected - states[at].keys()), len(states[at].keys() - expected), at))
     whole = [start for start in nearest if states[start].keys() == expected]
     if len(whole) > 1:
         raise ValueError(f"{label} holds {name} {len(whole)} times; choose with prefix= (--prefix): {whole}")

@@ -142,6 +142,9 @@ def _run(config: ConfigDict, workdir: Path, changes: Mapping[str, Any] | None) -
         if (workdir / "metadata.json").exists()
         else sorted(path.parent for path in workdir.rglob("metadata.json") if path.parent.name in ("best", "last"))
     )
+    if not workdir.is_dir():
+        what = "a file (of PyTorch? `python -m rkd_jax.convert` makes it a folder)" if workdir.exists() else "not there"
+        raise FileNotFoundError(f"--workdir={workdir} is {what}; name the folder of a network, or of a run")
     if not paths:
         raise FileNotFoundError(
             f"--workdir={workdir} holds no network: neither metadata.json, nor best/ and last/ of a run that was "

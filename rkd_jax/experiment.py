@@ -175,8 +175,8 @@ def build(config: ConfigDict) -> Experiment:
         )
     if batch_size > num_train:
         raise ValueError(
-            f"config.batch_size={batch_size} exceeds the {num_train} training examples of {fields.dataset}; lower it "
-            "or raise config.num_train"
+            f"config.batch_size={batch_size} exceeds the {num_train} training examples of {fields.dataset}; lower it"
+            + (" or raise config.num_train" if fields.num_train else "")
         )
     steps_per_epoch = num_train // batch_size
     num_steps = fields.at_least("num_epochs", 1, MOST_STEPS // steps_per_epoch) * steps_per_epoch
@@ -420,6 +420,11 @@ def _teacher(
     name, path, fold = fields.teacher, fields.teacher_checkpoint, fields.fold_teacher
     if not method.needs_teacher:
         return None, None, {}
+    if not name:
+        raise ValueError(
+            f"config.teacher='' is no network, and config.method={fields.method!r} needs a teacher; name its "
+            "network, or train without one by config.method='cross_entropy'"
+        )
     teacher = models.create(name, splits.num_classes, dtype, splits.train.images.shape[1], "config.teacher")
     if fields.smoke and not path:  # an untrained one will do
         variables = untrained(teacher, splits.train.images.shape[1:])

@@ -78,7 +78,7 @@ def sweep(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]
     diverges does not stop the others, and is an error in the end.
     """
     if config.compare:
-        raise ValueError("config.sweep and config.compare are two experiments; set one of them")
+        raise ValueError("config.sweep and config.compare are two experiments; set config.compare=False, or no sweep")
     members = expand(config)
     for name, member in members:
         if isinstance(experiment.create_method(member), takd.Method):
@@ -202,6 +202,8 @@ def parse(field: str, value: str, kind: type) -> Any:
             return kind(value)
     except ValueError:
         pass
+    if not value:
+        raise ValueError(f"config.sweep: a value of {field} is empty; write the values with a comma between them")
     raise ValueError(f"config.sweep: {field}={value} is no {kind.__name__}, which config.{field} takes")
 
 

@@ -343,6 +343,13 @@ def test_another_network_is_named():
         convert.from_torch(state_dict(), "vgg8", 10)
 
 
+def test_what_a_smaller_network_lacks_is_told_of_the_whole_file():
+    with pytest.raises(
+        ValueError, match=r"does not fit resnet8 with 10 classes; 60 left over: layer1\.1\.\S+ .*It holds resnet20"
+    ):
+        convert.from_torch(state_dict("resnet20"), "resnet8", 10)
+
+
 def test_another_class_count_is_named():
     complaint = (
         r"2 of another shape: fc.bias \(10,\) in place of \(100,\), fc.weight .* resnet8 with 10 classes: say so"

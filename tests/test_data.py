@@ -125,6 +125,11 @@ def test_numbers_that_do_not_fit(arguments, message):
         data.load("digits", **arguments)
 
 
+def test_a_folder_is_written_with_its_kind(tmp_path):
+    with pytest.raises(ValueError, match=f"is no data set, but a folder; write 'folder:{tmp_path}'"):
+        data.load(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

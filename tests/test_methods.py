@@ -591,6 +591,10 @@ def test_dots_inner_method_gets_its_fields_and_its_authors_values():
     assert methods.create("dot", inner=methods.create("dkd", beta=2.0)) == methods.create("dot", inner="dkd", beta=2.0)
     with pytest.raises(ValueError, match=r"config.beta=3.0 is set, but method 'dot' does not read it"):
         methods.create("dot", inner=methods.create("dkd", beta=2.0), beta=3.0)
+    with pytest.raises(
+        ValueError, match=r"lam=3.0 is set, but within 'dot' \(config.inner\), method 'kd' does not read it"
+    ):
+        methods.create("dot", lam=3.0)
 
 
 def test_takds_chain():

@@ -172,6 +172,13 @@ def test_evaluation_without_a_config_takes_that_of_each_run(tiny, teacher, tmp_p
         evaluate.run(tiny(), tmp_path / "all" / "own")
 
 
+def test_evaluation_of_what_is_no_folder_says_so(tiny, tmp_path):
+    (tmp_path / "x.pth").touch()
+    for name, message in (("none", "none is not there; name the folder of"), ("x.pth", "is a file .*rkd_jax.convert")):
+        with pytest.raises(FileNotFoundError, match=message):
+            evaluate.run(tiny(), tmp_path / name)
+
+
 def test_evaluation_of_a_network_that_names_no_data_set_asks_for_it(tiny, teacher, tmp_path):
     moved = shutil.copytree(teacher, tmp_path / "converted")
     metadata = json.loads((moved / "metadata.json").read_text())

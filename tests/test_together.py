@@ -205,6 +205,7 @@ def test_one_that_diverges_does_not_stop_the_others(tiny, tmp_path, capsys):
         ("lam=", "'lam=' is not FIELD=VALUE"),
         ("lam", "'lam' is not FIELD=VALUE"),
         ("lam=1,much", "lam=much is no float, which config.lam takes"),
+        ("lam=1,,2", "a value of lam is empty; write the values with a comma between them"),
         ("lam=1,1.0", "names a student twice"),
         ("lam=1 lam=2", "varies lam twice; name all its values at once"),
         ("decay_epochs=1,2", "decay_epochs is a list of numbers, which a sweep cannot vary; start a run for each"),
@@ -216,6 +217,11 @@ def test_wrong_sweep_is_named(tiny, tmp_path, sweep, message):
     with pytest.raises(ValueError, match=message):
         runs.run(tiny(sweep=sweep), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_is_no_comparison(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"two experiments; set config.compare=False, or no sweep$"):
+        runs.run(tiny(sweep="lam=1,5", compare=True), tmp_path / "run")
 
 
 def test_several_sweeps_in_one(tiny):

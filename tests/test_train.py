@@ -588,7 +588,11 @@ def test_finished_run_is_not_run_again(tiny, finished, capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"batch_size": 65}, "config.batch_size=65 exceeds the 64 training examples of digits"),
+        ({"batch_size": 65}, "batch_size=65 exceeds the 64 training .* of digits; lower it or raise config.num_train$"),
+        (
+            {"batch_size": 1443, "num_train": None},
+            "batch_size=1443 exceeds the 1442 training examples of digits; lower it$",
+        ),
         ({"batch_size": 0}, "config.batch_size=0 is too low"),
         ({"method": "rankin_alignment"}, "did you mean 'ranking_alignment'"),
         ({"student": "resnet9"}, "config.student='resnet9'.*resnet"),
@@ -606,6 +610,10 @@ def test_finished_run_is_not_run_again(tiny, finished, capsys):
             "config.temperature=2.0 changes nothing until config.kd_weight is set; set it, too",
         ),
         ({"method": "cross_entropy", "lam": 3.0}, "config.lam=3.0 is set, but method 'cross_entropy' does not read it"),
+        (
+            {"teacher": ""},
+            "teacher='' is no network, and config.method='kd' needs a .* by config.method='cross_entropy'",
+        ),
         ({"teacher": "resnet20"}, "config.teacher_checkpoint=.* holds a small_network:create, not a resnet20"),
         ({"num_steps": 0}, "config.num_steps=0 is too low"),
         ({"learning_rate": -0.1}, "config.learning_rate=-0.1 is too low"),
@@ -845,6 +853,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         SLOW("--mod=eval", "Error: Unknown command line flag 'mod'. Did you mean: mode ?"),
         SLOW("--config=configs/none.py", "configs/none.py"),
         SLOW("config.lam=1", "'config.lam=1' is no flag; write --config.FIELD=VALUE"),
+        SLOW("configs/digits.py", "'configs/digits.py' is no flag; write --config=configs/digits.py"),
     ],
 )
 def test_main_reports_a_users_error_in_one_sentence(tmp_path, flag, message):

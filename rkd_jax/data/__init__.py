@@ -11,6 +11,7 @@ A data set's file has `load(data_dir) -> Splits`. Besides, "tfds:NAME" is any im
 import difflib
 import functools
 import importlib
+import os
 import pkgutil
 
 import numpy as np
@@ -54,6 +55,8 @@ def load(
         _check_size(name, image_size)
         splits = importlib.import_module(f"{__name__}.{name}").load(data_dir)
     else:
+        if os.path.isdir(name):
+            raise ValueError(f"config.dataset={name!r} is no data set, but a folder; write 'folder:{name}'")
         near = difflib.get_close_matches(name.lower().replace("-", ""), names(), n=1)
         raise ValueError(
             f"config.dataset={name!r} is no data set"

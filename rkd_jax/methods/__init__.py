@@ -134,8 +134,11 @@ def called(method: Distiller) -> str:
     return " of ".join([_name(type(method)), *map(called, within)])
 
 
-def _create(method: type[Distiller], given: Mapping[str, Any], places: tuple[str, ...]) -> Distiller:
-    """A method with its values for these places, then the given ones; those it lacks go to the method within."""
+def _create(method: type[Distiller], given: Mapping[str, Any], places: tuple[str, ...], within: str = "") -> Distiller:
+    """A method with its values for these places, then the given ones; those it lacks go to the method within.
+
+    `within`: for the errors of a method within another, that one.
+    """
     values: dict[str, Any] = {}
     for place in places:
         values |= method.tuned.get(place.lower(), {})
@@ -147,13 +150,13 @@ def _create(method: type[Distiller], given: Mapping[str, Any], places: tuple[str
             if isinstance(values.get(name), Distiller):  # which has its fields
                 continue
             inner = load(values[name], f"config.{name}") if name in values else type(known[name].default)
-            values[name], foreign = _create(inner, foreign, places), {}
+            values[name], foreign = _create(inner, foreign, places, f"within {_name(method)!r} (config.{name}), "), {}
     for name, value in foreign.items():
         if name not in given:
             raise ValueError(f"{_name(method)}.tuned has {name!r}, which is no field of it{_nearest(name, known)}")
         raise ValueError(
-            f"config.{name}={value!r} is set, but method {_name(method)!r} does not read it{_nearest(name, known)} "
-            f"It reads {', '.join(known) or 'no hyper-parameter'}."
+            f"config.{name}={value!r} is set, but {within}method {_name(method)!r} does not read it"
+            f"{_nearest(name, known)} It reads {', '.join(known) or 'no hyper-parameter'}."
         )
     made = method(**values)
     for name, weight in method.weighted_by.items():
