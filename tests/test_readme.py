@@ -227,3 +227,8 @@ def test_means_over_the_ablations_seeds_are_those_of_results():
     assert f"{mean:.2f} ahead (standard error {error:.2f})" in readme
     p = stats.ttest_rel(*([values[seed] for seed in sorted(kd)] for values in (kd, ours))).pvalue
     assert f"(paired t-test, p = {p:.3f})" in page
+    weak = fair_ablation.records(ROOT / "results" / "fair_ablation_resnet20_weak.json")
+    on_weak = {name: fair_ablation.by_seed(weak, loss, "last")[0] for loss, name in list(losses.items())[1:]}
+    assert f"is {on_weak['ranking_alignment'] - on_weak['kd']:.2f} ahead of kd, one seed" in page
+    more = {name: last[name][0] - value for name, value in on_weak.items()}
+    assert f"by {more['kd']:.1f} points for kd and {more['ranking_alignment']:.1f} for ranking_alignment" in page
