@@ -227,6 +227,9 @@ def test_every_file_that_is_there_is_described(network, tmp_path):
     assert all(file["device"] and file["date"] for file in files.values())
     export.main([str(network), "--output", str(tmp_path), "--formats", "torch", "--batch", "2"])  # another input
     assert [*json.loads((tmp_path / "network.json").read_text())["files"]] == ["network.pth"]
+    (tmp_path / "network.json").write_text("[]")
+    export.main([str(network), "--output", str(tmp_path), "--formats", "torch"])
+    assert [*json.loads((tmp_path / "network.json").read_text())["files"]] == ["network.pth"]
 
 
 def test_files_of_another_network_are_not_left_beside_the_new_ones(network, tmp_path):
