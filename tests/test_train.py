@@ -588,10 +588,13 @@ def test_finished_run_is_not_run_again(tiny, finished, capsys):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"batch_size": 65}, "batch_size=65 exceeds the 64 training .* of digits; lower it or raise config.num_train$"),
+        (
+            {"batch_size": 65},
+            "config.batch_size=65 exceeds the 64 training examples of digits; lower it or raise config.num_train$",
+        ),
         (
             {"batch_size": 1443, "num_train": None},
-            "batch_size=1443 exceeds the 1442 training examples of digits; lower it$",
+            "config.batch_size=1443 exceeds the 1442 training examples of digits; lower it$",
         ),
         ({"batch_size": 0}, "config.batch_size=0 is too low"),
         ({"method": "rankin_alignment"}, "did you mean 'ranking_alignment'"),
@@ -612,7 +615,7 @@ def test_finished_run_is_not_run_again(tiny, finished, capsys):
         ({"method": "cross_entropy", "lam": 3.0}, "config.lam=3.0 is set, but method 'cross_entropy' does not read it"),
         (
             {"teacher": ""},
-            "teacher='' is no network, and config.method='kd' needs a .* by config.method='cross_entropy'",
+            "config.teacher='' is no network, and config.method='kd' needs a teacher; .* by .*method='cross_entropy'",
         ),
         ({"teacher": "resnet20"}, "config.teacher_checkpoint=.* holds a small_network:create, not a resnet20"),
         ({"num_steps": 0}, "config.num_steps=0 is too low"),
