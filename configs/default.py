@@ -45,9 +45,11 @@ def get_config() -> ConfigDict:
     for name, kind in methods.fields().items():
         config[name] = placeholder(kind)
 
-    # Views of each image, made on the device.
-    config.views = "both"  # "weak": crop and flip; "strong": then two operations of fourteen, and Cutout; or "both"
+    # Views of each image, made on the device. "weak": crop and flip; "strong": then two operations of fourteen, and
+    # Cutout; "both"; "my_module:view"; or several, "weak+my_module:view".
+    config.views = "both"
     config.view_reduction = "sum"  # of each loss term over the views: "sum" or "mean"
+    # The next three are of "weak", and of the crop and flip that "strong" begins with.
     config.crop_padding = 4  # pixels of zeros on each side before the random crop; 0: no crop
     config.flip = True  # mirror half of the images
     config.rotation = 0.0  # degrees, uniform in +- this; 0: none

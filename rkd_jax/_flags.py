@@ -99,9 +99,10 @@ def own_code(error: BaseException) -> str:
 
 def foreign(error: BaseException) -> bool:
     """Whether an installed package raised an error, and not this one; its words may name nothing of the user's."""
+    frames = traceback.extract_tb(error.__traceback__)
     if any("JAX has removed its internal frames" in note for note in getattr(error, "__notes__", ())):
-        return True
-    files = [Path(frame.filename).resolve() for frame in traceback.extract_tb(error.__traceback__)]
+        return not frames[-1].line.startswith("raise ")  # but the call of what raised it
+    files = [Path(frame.filename).resolve() for frame in frames]
     files = [file for file in files if STDLIB not in file.parents or _installed(file)]
     return bool(files) and _installed(files[-1]) and HERE not in files[-1].parents
 

@@ -1,6 +1,7 @@
 """From a config to everything that a run is made of: where bad input is found, before anything is spent on it."""
 
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -15,8 +16,9 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from rkd_jax import checkpoint, data, feed, methods, models, optim, steps
+from rkd_jax.data import augment
 
-VIEWS = {"weak": ("weak",), "strong": ("strong",), "both": ("weak", "strong")}
+VIEWS = ("weak", "strong")
 MOST_SEED = 2**32 - 1  # jax.random.key would drop the bits above
 MOST_STEPS = 2**31 - 1  # of the state's int32
 SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_every": 2, "eval_batch_size": 16}
@@ -27,8 +29,12 @@ UNSET = (
 )  # fmt: skip
 LOG_EVERY = 50  # steps, on a CPU
 STEP_OPTIONS = ("decay_epochs", "decay_factor")  # what the schedule "step" takes
-# Values that do nothing, of the fields that an optimizer or a schedule may not take.
-OFF = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "decay_epochs": (), "decay_factor": 1.0}
+VIEW_OPTIONS = ("crop_padding", "flip", "rotation")  # what the views of this package take
+# Values that do nothing, of the fields that an optimizer, a schedule or the views may not take.
+OFF = {
+    "momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "decay_epochs": (), "decay_factor": 1.0, "crop_padding": 0,
+    "flip": False, "rotation": 0.0,
+}  # fmt: skip
 TEACHER_OPTIONS = ("teacher", "teacher_checkpoint")  # what a method with a teacher takes
 # What a run's config.json has beside the fields, so that it is not gone on with from something else.
 FINGERPRINTS = {
@@ -149,7 +155,7 @@ def build(config: ConfigDict) -> Experiment:
     method = create_method(config)
     fields.pass_over(_method_fields(values), of_method=True)
     fields.pass_over(["method"])
-    views = VIEWS[fields.one_of("views", VIEWS)]
+    views = _views(fields)
     dtype = jnp.dtype(fields.one_of("dtype", ("float32", "bfloat16")))
     if method.joint_views and len(views) == 1:
         raise ValueError(
@@ -182,13 +188,18 @@ def build(config: ConfigDict) -> Experiment:
     num_steps = fields.at_least("num_epochs", 1, MOST_STEPS // steps_per_epoch) * steps_per_epoch
     if fields.num_steps is not None:
         num_steps = fields.at_least("num_steps", 1, MOST_STEPS)
+    batch = jax.ShapeDtypeStruct((batch_size, *splits.train.images.shape[1:]), jnp.uint8)
+    for name in views:  # one of the user's own is tried
+        jax.eval_shape(functools.partial(augment.view, name), jax.random.key(0), batch)
 
     student = models.create(fields.student, splits.num_classes, dtype, splits.train.images.shape[1], "config.student")
     student_variables, begun = None, {}
     if fields.student_checkpoint:
         student_variables, begun = _given(fields, "student", student, splits)
     teacher, teacher_variables, metadata = _teacher(fields, splits, method, dtype)
-    schedule, tx, unused = _optimization(fields, num_steps, steps_per_epoch)
+    unused = _unused(fields)
+    fields.fill(unused)  # which are None in a run's config.json
+    schedule, tx = _optimization(fields, num_steps, steps_per_epoch)
     recipe = steps.Recipe(
         views=views,
         augmentation={
@@ -293,32 +304,43 @@ def rehearse(config: ConfigDict) -> None:
     jax.eval_shape(build(copy).create_state, jax.random.key(0))
 
 
+def _views(fields: Fields) -> tuple[str, ...]:
+    """The names of `augment.view` that config.views has."""
+    views = tuple(("+".join(VIEWS) if fields.views == "both" else fields.views).split("+"))
+    if not all(":" in name or name in VIEWS for name in views):
+        raise ValueError(
+            f"config.views={fields.views!r} is none of 'weak', 'strong' and 'both', nor my_module:view for your own, "
+            "nor several of them with + between"
+        )
+    return views
+
+
 def _optimization(
     fields: Fields, num_steps: int, steps_per_epoch: int
-) -> tuple[optax.Schedule, optax.GradientTransformation, set[str]]:
-    """The schedule, the optimizer, and the fields about them that these two do not use."""
-    name, optimizer = fields.one_of("schedule", optim.SCHEDULES), fields.optimizer
-    unused = _unused(optimizer, name)
-    fields.fill(unused)  # which are None in a run's config.json
+) -> tuple[optax.Schedule, optax.GradientTransformation]:
     numbers = (isinstance(epoch, int | float) and not isinstance(epoch, bool) for epoch in fields.decay_epochs)
     if not all(numbers) or not all(0 < epoch < math.inf for epoch in fields.decay_epochs):
         raise ValueError(f"config.decay_epochs={fields.decay_epochs!r} are no epochs; take, say, (150, 180, 210)")
     falls = {"decay_epochs": fields.decay_epochs, "decay_factor": fields.at_least("decay_factor", 0, 1)}
     schedule = optim.create_schedule(
-        name, fields.at_least("learning_rate", 0), num_steps=num_steps, steps_per_epoch=steps_per_epoch, **falls,
-        warmup_epochs=fields.at_least("lr_warmup_epochs", 0, fields.num_epochs),
+        fields.schedule, fields.at_least("learning_rate", 0), num_steps=num_steps, steps_per_epoch=steps_per_epoch,
+        warmup_epochs=fields.at_least("lr_warmup_epochs", 0, fields.num_epochs), **falls,
     )  # fmt: skip
     options = {
         "momentum": fields.at_least("momentum", 0, 0.9999),
         "nesterov": fields.nesterov,
         "weight_decay": fields.at_least("weight_decay", 0),
     }
-    return schedule, optim.create_optimizer(optimizer, schedule, **options), {*unused}
+    return schedule, optim.create_optimizer(fields.optimizer, schedule, **options)
 
 
-def _unused(optimizer: str, schedule: str) -> dict[str, Any]:
-    """The fields that an optimizer and a schedule do not take, with the values that do nothing."""
-    used = {*optim.taken(optimizer), *(STEP_OPTIONS if schedule == "step" else ())}
+def _unused(fields: Fields) -> dict[str, Any]:
+    """The fields that the optimizer, the schedule and the views do not take, with the values that do nothing."""
+    used = {*optim.taken(fields.optimizer)}
+    if fields.one_of("schedule", optim.SCHEDULES) == "step":
+        used.update(STEP_OPTIONS)
+    if set(VIEWS) & set(_views(fields)):
+        used.update(VIEW_OPTIONS)
     return {field: value for field, value in OFF.items() if field not in used}
 
 
@@ -338,8 +360,8 @@ def check_used(configs: Sequence[ConfigDict], given: Iterable[str]) -> None:
 def _idle(config: ConfigDict) -> dict[str, str]:
     """The fields that do nothing in a config, each with the field that makes it so."""
     fields = Fields(config.to_dict())
-    unused = _unused(fields.optimizer, fields.one_of("schedule", optim.SCHEDULES))
-    idle = {field: "schedule" if field in STEP_OPTIONS else "optimizer" for field in unused}
+    owners = dict.fromkeys(STEP_OPTIONS, "schedule") | dict.fromkeys(VIEW_OPTIONS, "views")
+    idle = {field: owners.get(field, "optimizer") for field in _unused(fields)}
     return idle if methods.load(fields.method).needs_teacher else idle | dict.fromkeys(TEACHER_OPTIONS, "method")
 
 

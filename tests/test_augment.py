@@ -288,6 +288,46 @@ def test_view():
         strong_view(key, jnp.zeros((2, 8, 8, 4), jnp.uint8))
 
 
+def by_two(rng, images):  # views of one's own
+    return augment.weak(rng, images, padding=2, flip=False)
+
+
+def scaled(rng, images):
+    return images / 255
+
+
+def short(rng, images):
+    return images[:-1]
+
+
+def nothing(rng, images):
+    pass
+
+
+def without_rng(images):
+    return images
+
+
+def test_own_view_is_called_without_the_options():
+    key = jax.random.key(0)
+    found = augment.view("test_augment:by_two", key, photographs(4, 8, 8), padding=4, flip=True, rotation=5.0)
+    np.testing.assert_array_equal(found, by_two(key, photographs(4, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("scaled", r" returned float32 of shape \(2, 8, 8, 3\); return uint8 of the images' shape, \(2, 8, 8, 3\)$"),
+        ("short", r" returned uint8 of shape \(1, 8, 8, 3\); return uint8 of"),
+        ("nothing", " returned NoneType; return uint8 of"),
+        ("without_rng", ": too many positional arguments; it is called as view.rng, images.$"),
+    ],
+)
+def test_own_view_that_cannot_be(name, message):
+    with pytest.raises(ValueError, match=rf"^config\.views='test_augment:{name}'{message}"):
+        augment.view(f"test_augment:{name}", jax.random.key(0), jnp.zeros((2, 8, 8, 3), jnp.uint8))
+
+
 def test_normalize():
     batch = photographs(4, 8, 8)
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)

@@ -213,6 +213,7 @@ def test_config_that_cannot_be(tiny, tmp_path, fields, complaint):
         ({"optimizer": "optax:adamw"}, ["momentum"], "momentum=0.9", "optimizer"),
         ({"schedule": "cosine"}, ["decay_epochs"], r"decay_epochs=\(.*\)", "schedule"),
         ({"method": "cross_entropy"}, ["teacher_checkpoint"], "teacher_checkpoint='.*'", "method"),
+        ({"views": "test_train:cropped"}, ["crop_padding"], "crop_padding=1", "views"),
         ({"sweep": "schedule=cosine decay_factor=0.1,0.2"}, [], "decay_factor=0.1", "schedule"),
         ({"sweep": "schedule=cosine seed=0,1"}, ["decay_factor"], "decay_factor=0.1", "schedule"),
     ],
@@ -227,6 +228,7 @@ def test_field_that_does_something_in_one_of_a_sweep_or_is_off_may_be_set(tiny):
     experiment.check_used([tiny(schedule="cosine"), tiny()], ["decay_factor"])
     experiment.check_used([tiny(optimizer="optax:adamw", momentum=0.0)], ["momentum"])
     experiment.check_used([tiny(method="cross_entropy", teacher="")], ["teacher"])
+    experiment.check_used([tiny(views="weak+test_train:cropped")], ["crop_padding"])
 
 
 @pytest.mark.usefixtures("fast_compile")

@@ -39,6 +39,7 @@ from rkd_jax import (
     steps,
     train,
 )  # fmt: skip
+from rkd_jax.data import augment
 from rkd_jax.methods import kd
 from rkd_jax.models import __main__ as table
 
@@ -585,6 +586,33 @@ def test_finished_run_is_not_run_again(tiny, finished, capsys):
     assert (workdir / "metrics.jsonl").stat().st_mtime < began
 
 
+def cropped(rng, images):  # a view of one's own, which is the weak one of `tiny`
+    return augment.weak(rng, images, padding=1, flip=False)
+
+
+def test_own_view_trains_as_the_same_view_does(tiny, tmp_path):
+    train.train_and_evaluate(tiny(num_steps=3), tmp_path / "weak")
+    train.train_and_evaluate(tiny(num_steps=3, views="test_train:cropped"), tmp_path / "own")
+    assert records(tmp_path / "own") == records(tmp_path / "weak")
+    record = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert [record[name] for name in ("crop_padding", "flip", "rotation")] == [None] * 3
+    assert experiment.build(ConfigDict(record)).config == record
+
+
+@pytest.mark.parametrize(
+    ("given", "views"),
+    [
+        ("both", ("weak", "strong")),
+        ("weak+strong", ("weak", "strong")),
+        ("weak+test_train:cropped", ("weak", "test_train:cropped")),
+    ],
+)
+def test_views_are_joined(tiny, given, views):
+    run = experiment.build(tiny(views=given))
+    assert run.recipe.views == views
+    assert (run.config["views"], run.config["crop_padding"]) == (given, 1)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -602,6 +630,13 @@ def test_finished_run_is_not_run_again(tiny, finished, capsys):
         ({"teacher": "resnet9"}, "config.teacher='resnet9'.*resnet"),
         ({"dataset": "digit"}, "did you mean 'digits'"),
         ({"views": "stron"}, "config.views='stron' is none of"),
+        ({"views": "weak+both"}, r"config.views='weak\+both' is none of .*, nor several of them with \+ between$"),
+        ({"views": ""}, "config.views='' is none of"),
+        ({"views": "weak+test_train:none"}, "config.views='test_train:none' cannot be imported"),
+        (
+            {"views": "test_train:records"},
+            r"config.views='test_train:records': .* is called as view\(rng, images\)",
+        ),
         ({"view_reduction": "max"}, "config.view_reduction='max' is none of"),
         (
             {"method": "mlkd", "views": "both", "view_reduction": "mean"},
@@ -888,7 +923,9 @@ def test_an_error_of_another_package_is_told_from_our_own():
         return _flags.foreign(raised.value)
 
     assert is_foreign(lambda: jnp.zeros(2) + jnp.zeros(3))  # JAX hides its frames
+    assert is_foreign(lambda: jax.eval_shape(lambda x: x + jnp.zeros(3), jnp.zeros(2)))
     assert is_foreign(lambda: optax.cosine_decay_schedule(1.0, -1))
+    assert not is_foreign(lambda: jax.eval_shape(lambda x: augment.view("none of them", None, x), jnp.zeros(2)))
     assert not is_foreign(lambda: _files.write_json(ROOT / "with\0in it", {}))  # by Python
     assert not is_foreign(lambda: optim.create_optimizer("none", None))
 

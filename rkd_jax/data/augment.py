@@ -11,12 +11,15 @@ Contrast: its mean, Color: grey, Sharpness: smoothed), and maps of a pixel's lev
 """
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from rkd_jax import _own
 
 OPERATIONS = (
     "AutoContrast",
@@ -56,12 +59,32 @@ CUTOUT_FILL = (125, 123, 114)  # RGB
 
 
 def view(name: str, rng: jax.Array, images: jax.Array, **options) -> jax.Array:
-    """The view "weak", "strong" or, for benchmarks, "none" (the images as they are); ValueError for another name."""
+    """The view "weak", "strong", "my_module:view" or, for benchmarks, "none" (the images as they are).
+
+    The options are those of `weak`; one's own view is called without them, as view(rng, images). ValueError for another
+    name, and where one's own cannot be called or returns anything but uint8 of the images' shape.
+    """
+    if ":" in name:
+        return _own_view(name, rng, images)
     if name == "none":
         return images
     if name not in ("weak", "strong"):
-        raise ValueError(f"{name!r} is no view; there are 'weak', 'strong' and 'none'")
+        raise ValueError(f"{name!r} is no view; there are 'weak', 'strong', 'none' and my_module:view for your own")
     return {"weak": weak, "strong": strong}[name](rng, images, **options)
+
+
+def _own_view(name: str, rng: jax.Array, images: jax.Array) -> jax.Array:
+    function, field = _own.load(name, "config.views", "view"), f"config.views={name!r}"
+    try:
+        inspect.signature(function).bind(rng, images)
+    except TypeError as error:
+        raise ValueError(f"{field}: {error}; it is called as view(rng, images)") from error
+    made = function(rng, images)
+    shape, dtype = getattr(made, "shape", None), getattr(made, "dtype", None)
+    if shape != images.shape or dtype != jnp.uint8:
+        found = type(made).__name__ if dtype is None else f"{dtype} of shape {shape}"
+        raise ValueError(f"{field} returned {found}; return uint8 of the images' shape, {images.shape}")
+    return made
 
 
 def weak(rng: jax.Array, images: jax.Array, *, padding: int = 4, flip: bool = True, rotation: float = 0.0) -> jax.Array:
