@@ -34,7 +34,9 @@ def get_config() -> ConfigDict:
     config.student = "resnet8x4"
     config.teacher = "resnet32x4"
     config.teacher_checkpoint = ""  # a folder from `python -m rkd_jax.convert`, or another run's WORKDIR/best
-    config.student_checkpoint = ""  # such a folder, with whose weights the student begins; "": random ones
+    # Such a folder, with whose weights the student begins, but for the last layer where its classes are others; "":
+    # random ones.
+    config.student_checkpoint = ""
     # Fold its batch norms into its convolutions: the same function, to rounding. None: on GPU and TPU, but for fcfd.
     config.fold_teacher = placeholder(bool)
 

@@ -136,20 +136,8 @@ def _load_network(
     path = Path(path).expanduser().absolute()
     if name is not None and metadata["network"].lower() != name.lower():
         raise ValueError(f"{field}={str(path)!r} holds a {metadata['network']}, not a {name}; name the right one")
-    if num_classes is not None and metadata["num_classes"] != num_classes:
-        raise ValueError(
-            f"{field}={str(path)!r} was trained on {metadata['num_classes']} classes"
-            + (f" ({metadata['dataset']})" if metadata.get("dataset") else "")
-            + f", config.dataset has {num_classes}; name its data set, or a network of this one"
-        )
-    both = zip(metadata.get("class_names", ()), class_names, strict=False)  # none, where one side does not know them
-    for label, (there, here) in enumerate(both):
-        if there != here:
-            raise ValueError(
-                f"{field}={str(path)!r} was trained on other classes than config.dataset has: {label} is {there!r} "
-                f"there and {here!r} here; name its data set, or a network of this one, or, where they mean the same, "
-                "remove class_names from its metadata.json"
-            )
+    if num_classes is not None and (difference := other_classes(metadata, num_classes, class_names)):
+        raise ValueError(f"{field}={str(path)!r} was trained on {difference}")
     _devices.start()
     try:
         variables = _restore_numpy(path / "variables")
@@ -161,6 +149,24 @@ def _load_network(
     if metadata.get("fingerprint", found := fingerprint(variables)) != found:
         raise ValueError(f"{field}={str(path)!r} is damaged: its arrays are not those that were saved; make it again")
     return jax.tree.map(lambda x: x.astype(np.float32) if x.dtype.kind == "f" else x, variables), metadata
+
+
+def other_classes(metadata: Mapping[str, Any], num_classes: int, class_names: Sequence[str]) -> str:
+    """How a network's classes are not those of a data set, to follow "was trained on"; "" where they are."""
+    if metadata["num_classes"] != num_classes:
+        return (
+            f"{metadata['num_classes']} classes"
+            + (f" ({metadata['dataset']})" if metadata.get("dataset") else "")
+            + f", config.dataset has {num_classes}; name its data set, or a network of this one"
+        )
+    both = zip(metadata.get("class_names", ()), class_names, strict=False)  # none, where one side does not know them
+    for label, (there, here) in enumerate(both):
+        if there != here:
+            return (
+                f"other classes than config.dataset has: {label} is {there!r} there and {here!r} here; name its data "
+                "set, or a network of this one, or, where they mean the same, remove class_names from its metadata.json"
+            )
+    return ""
 
 
 @functools.cache

@@ -60,7 +60,7 @@ class Experiment(NamedTuple):
     config: dict[str, Any]  # every field with the value used, plain JSON; of the methods' fields, the chosen one's
     splits: data.Splits
     student: nn.Module
-    student_variables: Any  # which it begins with; None: those of its initialisation
+    student_variables: Any  # which it begins with; None, or a leaf that is None: those of its initialisation
     teacher: nn.Module | None
     teacher_variables: Any
     method: methods.Distiller
@@ -196,6 +196,8 @@ def build(config: ConfigDict) -> Experiment:
     student_variables, begun = None, {}
     if fields.student_checkpoint:
         student_variables, begun = _given(fields, "student", student, splits)
+        if checkpoint.other_classes(begun, splits.num_classes, splits.class_names):
+            student_variables = _without_last_layer(fields.student, student_variables, splits)
     teacher, teacher_variables, metadata = _teacher(fields, splits, method, dtype)
     unused = _unused(fields)
     fields.fill(unused)  # which are None in a run's config.json
@@ -465,19 +467,39 @@ def _teacher(
 
 
 def _given(fields: Fields, role: str, network: nn.Module, splits: data.Splits) -> tuple[Any, dict[str, Any]]:
-    """Variables and metadata of the folder that config.teacher_checkpoint, or the student's, names."""
+    """Variables and metadata of the folder that config.teacher_checkpoint, or the student's, names.
+
+    A student's may be of other classes.
+    """
     field, here = f"config.{role}_checkpoint", splits.train.images.shape[1]
-    path = getattr(fields, f"{role}_checkpoint")
-    canonical = models.resolve(getattr(fields, role), here, f"config.{role}")
-    variables, metadata = checkpoint.load_network(path, canonical, splits.num_classes, splits.class_names, field)
+    path, name = getattr(fields, f"{role}_checkpoint"), getattr(fields, role)
+    canonical = models.resolve(name, here, f"config.{role}")
+    classes = (splits.num_classes, splits.class_names) if role == "teacher" else ()
+    variables, metadata = checkpoint.load_network(path, canonical, *classes, field=field)
     side = metadata.get("image_size")
     if fields.image_size is None and ":" in fields.dataset and side not in (None, here):
         raise ValueError(
             f"{field}={path!r} was trained on images of {side} pixels, and config.dataset={fields.dataset!r} gives "
             f"{here}; set config.image_size={side}, or {here} if it is to see those"
         )
+    if metadata["num_classes"] != splits.num_classes:
+        network = models.create(name, metadata["num_classes"], image_size=here, field=f"config.{role}")
     check_variables(network, variables, splits.train.images.shape[1:], field)
     return variables, metadata
+
+
+def _without_last_layer(name: str, variables: Any, splits: data.Splits) -> Any:
+    """The variables with None in place of the arrays whose shape follows the number of classes."""
+    shape = splits.train.images.shape[1:]
+    one, other = (
+        _shapes(models.create(name, splits.num_classes + more, image_size=shape[0]), shape) for more in (0, 1)
+    )
+    return jax.tree.map(lambda x, a, b: x if a.shape == b.shape else None, variables, one, other)
+
+
+def _shapes(network: nn.Module, image_shape: tuple[int, ...]) -> Any:
+    """The variables that a network has for such images, as shapes."""
+    return jax.eval_shape(network.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
 
 
 def untrained(network: nn.Module, image_shape: tuple[int, ...]) -> Any:
@@ -489,15 +511,12 @@ def untrained(network: nn.Module, image_shape: tuple[int, ...]) -> Any:
             return generator.normal(0, (2 / np.prod(leaf.shape[:-1])) ** 0.5, leaf.shape).astype(leaf.dtype)
         return np.full(leaf.shape, path[-1].key in ("scale", "var"), leaf.dtype)
 
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(network.init, jax.random.key(0), images))
+    return jax.tree_util.tree_map_with_path(draw, _shapes(network, image_shape))
 
 
 def check_variables(network: nn.Module, variables: Any, image_shape: tuple[int, ...], field: str) -> None:
     """ValueError, naming the first difference, where the arrays are not those that the network has for such images."""
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    expected = jax.eval_shape(network.init, jax.random.key(0), images)
-    if different := steps.difference(variables, expected, np.shape):
+    if different := steps.difference(variables, _shapes(network, image_shape), np.shape):
         name, have, want = different
         raise ValueError(
             f"{field} does not fit the network on images of {image_shape}: {name} is {have} in the checkpoint and "

@@ -148,11 +148,15 @@ def create_state(
 ) -> TrainState:
     """The state before the first step. To be compiled: see `run_once`.
 
-    image_shape is [H, W, C]; student_variables are those to begin with (None: of the student's initialisation).
+    image_shape is [H, W, C]; student_variables are those to begin with (None, or a leaf that is None: of the student's
+    initialisation).
     """
     student_rng, method_rng = jax.random.split(jax.random.fold_in(rng, INIT))
     images = jnp.zeros((2, *image_shape), jnp.float32)
-    variables = student_variables or student.init(student_rng, images, train=False)
+    variables = student.init(student_rng, images, train=False)
+    if student_variables:
+        chosen = functools.partial(jax.tree.map, is_leaf=lambda x: x is None)
+        variables = chosen(lambda given, made: made if given is None else given, student_variables, variables)
     if others := sorted(set(variables) - {"params", "batch_stats"}):
         raise ValueError(
             f"config.student has variables {' and '.join(map(repr, others))}, and none but 'params' and 'batch_stats' "

@@ -441,10 +441,17 @@ def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
         + (" | SMOKE" + (": random images" if data.form(config["dataset"]) else "") if config["smoke"] else "")
         + (f" | optimizer {config['optimizer']} ({options})" if config["optimizer"] != "sgd" else "")
         + (f" | schedule {config['schedule']}" if config["schedule"] != "step" else "")
-        + (f" | begins with {config['student_checkpoint']}" if config["student_checkpoint"] and not start else "")
-        + (f" | goes on from step {start:,}" if start else "")
+        + (f" | goes on from step {start:,}" if start else _begins_with(run))
         + _not_reached(run)
     )
+
+
+def _begins_with(run: experiment.Experiment) -> str:
+    if not (path := run.config["student_checkpoint"]):
+        return ""
+    leaves = jax.tree.leaves(run.student_variables, is_leaf=lambda x: x is None)
+    new = ", its last layer new for these classes" if any(leaf is None for leaf in leaves) else ""
+    return f" | begins with {path}{new}"
 
 
 def _not_reached(run: experiment.Experiment) -> str:

@@ -33,6 +33,7 @@ from rkd_jax import (
     evaluate,
     experiment,
     metrics,
+    models,
     optim,
     provenance,
     run_folder,
@@ -793,6 +794,27 @@ def test_student_that_begins_with_given_weights(tiny, small_teacher, tmp_path, c
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             experiment.build(tiny(**{"student_checkpoint": str(small_teacher)} | fields))
+
+
+@pytest.mark.parametrize("other", [{"num_classes": 7}, {"class_names": ["none"]}])
+def test_student_that_begins_with_a_network_of_other_classes(tiny, tmp_path, other, monkeypatch, capsys):
+    named = data.load("digits", num_train=64, num_test=40)._replace(class_names=tuple("0123456789"))
+    monkeypatch.setattr(data, "load", lambda *_: named)
+    fields = {"method": "cross_entropy", "teacher": "", "num_steps": 1, "learning_rate": 0.0}
+    train.train_and_evaluate(tiny(**fields), tmp_path / "alone")
+    network = models.create("small_network:create", other.get("num_classes", 10))
+    given = experiment.untrained(network, (8, 8, 1))
+    metadata = {"network": "small_network:create", "num_classes": 10, "mean": [0.5], "std": [0.3]} | other
+    checkpoint.save_network(tmp_path / "other", given, metadata)
+    train.train_and_evaluate(tiny(**fields, student_checkpoint=str(tmp_path / "other")), tmp_path / "run")
+    assert f"| begins with {tmp_path / 'other'}, its last layer new for these classes" in capsys.readouterr().out
+    (found, made), (alone, _) = (checkpoint.load_network(tmp_path / name / "last") for name in ("run", "alone"))
+    assert (made["num_classes"], made["class_names"]) == (10, list("0123456789"))
+    expected = given["params"] | {"fc": alone["params"]["fc"]}
+    jax.tree.map(np.testing.assert_array_equal, found["params"], expected)
+
+    with pytest.raises(ValueError, match=r"^config\.teacher_checkpoint=.*other' was trained on (7|other) classes"):
+        experiment.build(tiny(teacher_checkpoint=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "metadata"])
