@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -82,7 +83,7 @@ def test_convolution_and_gradients_are_xlas_in_float64(kind):
         np.testing.assert_allclose(found, exact, rtol=0, atol=2e-6 * np.abs(exact).max())
 
 
-NARROWER = """
+OF_ITS_OWN = """
 import test_conv
 from rkd_jax.models import _conv
 assert _conv.available()
@@ -100,11 +101,18 @@ def test_kernels_for_narrower_vectors_are_right_too(flag, tmp_path):
     compiler.write_text(f'#!/bin/sh\nexec c++ "$@" {flag}\n')
     compiler.chmod(0o755)
     there = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", NARROWER], env=os.environ | there, check=True)
+    subprocess.run([sys.executable, "-c", OF_ITS_OWN], env=os.environ | there, check=True)
     (library,) = tmp_path.glob("rkd_jax/conv_*.so")
     widest = {"-mno-avx512f": "zmm", "-mno-avx": "ymm"}[flag]
     code = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True).stdout
     assert widest not in code
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("clang++"), reason="clang++ is not installed")
+def test_kernels_compiled_by_clang_are_right_too(tmp_path):
+    there = {"CXX": "clang++", "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", OF_ITS_OWN], env=os.environ | there, check=True)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, SLOW(jnp.float64)])

@@ -252,7 +252,8 @@ def available() -> bool:
 def _compiled() -> Path:
     """The shared library of _conv.cc for this processor and this jaxlib, in the user's cache."""
     compiler = os.environ.get("CXX", "c++")
-    native = subprocess.run([compiler, "-march=native", "-Q", "--help=target"], capture_output=True, check=True).stdout
+    macros = [compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull]  # GCC's and Clang's, by processor
+    native = subprocess.run(macros, capture_output=True, check=True).stdout
     facts = SOURCE.read_bytes(), native, " ".join(FLAGS).encode(), jax.lib.__version__.encode()
     folder = _files.cache()
     library = folder / f"conv_{hashlib.sha256(b''.join(facts)).hexdigest()[:16]}.so"
