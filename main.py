@@ -1,20 +1,15 @@
 """python main.py --config configs/cifar100_res32x4_res8x4.py --config.lam=5.0, or any field of configs/default.py."""
 
 import os
-import platform
 import signal
 import sys
 
-from rkd_jax import _files
-
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the start-up, imports too; the loop saves before it obeys
-# Before jax is imported. By host name, for programs for one CPU may not run on another.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_files.cache() / platform.node()))
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from rkd_jax import _flags, _memory, evaluate, processes, runs
+from rkd_jax import _devices, _files, _flags, _memory, evaluate, processes, runs
 
 sys.path.append(os.getcwd())  # for a network or a method of one's own
 CONFIGS = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs"))
@@ -35,6 +30,7 @@ def main(argv):
         sys.exit(f"Error: {argv[1]!r} is no flag; write {mend}")
     logging.set_verbosity(logging.WARNING)
     _memory.keep()
+    _devices.cache_programs(_files.cache())
     name = os.path.basename(config_flags.get_config_filename(FLAGS["config"]))
     try:
         if DISTRIBUTED.value:

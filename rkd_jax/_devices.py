@@ -2,20 +2,31 @@
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 
 
-def start(platform: str | None = None) -> jax.Device:
-    """Starts JAX's devices, and returns the platform's first, or any; OSError where it cannot.
+def cache_programs(folder: Path) -> None:
+    """Keeps compiled programs in `folder`, by host name, for programs for one CPU may not run on another.
+
+    Where $JAX_COMPILATION_CACHE_DIR is set, there.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str((folder / platform.node()).absolute()))
+
+
+def start(kind: str | None = None) -> jax.Device:
+    """Starts JAX's devices, and returns the first of that platform, or any; OSError where it cannot.
 
     Called first, so that a lack of devices is not reported as something else. The default one has to compute, too.
     """
     try:
-        device = jax.local_devices(backend=platform)[0]
+        device = jax.local_devices(backend=kind)[0]
         # A GPU's libraries start with the first program.
-        jax.block_until_ready(jax.device_put(0.0, platform and device) + 1)
+        jax.block_until_ready(jax.device_put(0.0, kind and device) + 1)
         return device
     except (RuntimeError, AssertionError) as error:  # the second where a named platform's package is not installed
         platforms = os.environ.get("JAX_PLATFORMS", "")

@@ -1,6 +1,7 @@
 """What the user reads where the device is not there, or too small."""
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from conftest import ROOT, SLOW
 
 from rkd_jax import _devices, evaluate, steps, train
 from rkd_jax.methods import cross_entropy
+from rkd_jax.report import run
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -39,6 +41,36 @@ def test_too_large_for_the_device():
     with pytest.raises(MemoryError) as error, _devices.memory("buy more"):
         jnp.zeros(HUGE, jnp.uint8)
     assert str(error.value) == f"{SAID}buy more"
+
+
+def test_table_runs_keep_compiled_programs_by_host(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept, before = [], jax.config.jax_compilation_cache_dir
+    monkeypatch.setattr(run, "execute", lambda *_: kept.append(jax.config.jax_compilation_cache_dir) or {})
+    command = ["--table", "4", "--scale", "smoke", "--results", str(tmp_path), "--workdir", str(tmp_path / "runs")]
+    try:
+        run.main(command)
+        jax.config.update("jax_compilation_cache_dir", None)
+        run.main(command)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert kept == [before, str(tmp_path / "rkd_jax" / platform.node())]
+
+
+MAIN = """
+import runpy, sys
+import jax
+from rkd_jax import runs
+runs.run = lambda *_: print(jax.config.jax_compilation_cache_dir)
+sys.argv = ["main.py"]
+runpy.run_path("main.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("told", ["", "elsewhere"])
+def test_main_keeps_compiled_programs_by_host(tmp_path, told):
+    ran = start("-c", MAIN, XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=told)
+    assert ran.stdout == f"{told or tmp_path / 'rkd_jax' / platform.node()}\n", ran.stderr
 
 
 def test_other_errors_of_the_device_pass():

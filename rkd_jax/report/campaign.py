@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import math
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -474,8 +473,7 @@ def main(arguments: Sequence[str] | None = None) -> bool:
     parser.add_argument("--state_mib", type=int, default=64, help="warn where DIR/state takes more")
     flags = parser.parse_args(arguments)
     logging.set_verbosity(logging.WARNING)
-    if not jax.config.jax_compilation_cache_dir:  # by host name, for programs for one CPU may not run on another
-        jax.config.update("jax_compilation_cache_dir", str((flags.out / "cache" / platform.node()).absolute()))
+    _devices.cache_programs(flags.out / "cache")
     data_dir = flags.data_dir
     with _flags.one_sentence(flags), _alone(flags.out):
         if flags.scale == "smoke" and not data_dir:

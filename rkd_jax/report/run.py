@@ -15,7 +15,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from rkd_jax import _files, _flags, evaluate, experiment, provenance, runs, train
+from rkd_jax import _devices, _files, _flags, _memory, evaluate, experiment, provenance, runs, train
 from rkd_jax.methods import takd
 from rkd_jax.report import cells, paper
 
@@ -229,6 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(describe(planned, todo, flags.scale), flush=True)
         if flags.dry_run:
             return
+        _memory.keep()
+        _devices.cache_programs(_files.cache())
         errors = execute(todo, flags.results, flags.scale, flags.together)
         where = ("--table", *flags.table, "--scale", flags.scale, "--results", str(flags.results))
         print(f"\nThe results are in {flags.results / flags.scale}; the tables are printed by")
