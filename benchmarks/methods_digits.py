@@ -66,7 +66,7 @@ def main():
 
 def table(record: dict) -> str:
     """Markdown of the results."""
-    lines = ["| method | top-1 %, mean of the last epochs | standard deviation | ms a step |", "|---|---|---|---|"]
+    lines = ["| method | last top-1 %, mean of the seeds | standard deviation | ms a step |", "|---|---|---|---|"]
     for name, row in record["rows"].items():
         spread = "" if row["spread"] is None else f"{row['spread']:.2f}"
         lines.append(f"| {name} | {row['mean']:.2f} | {spread} | {row['milliseconds_per_step']:.0f} |")

@@ -27,17 +27,16 @@ def get_config() -> ConfigDict:
     config.dataset = "cifar100"  # a file of rkd_jax/data/, "tfds:NAME", or "folder:PATH"
     config.data_dir = ""  # where TFDS keeps its sets; "": $TFDS_DATA_DIR, or ~/tensorflow_datasets
     config.image_size = placeholder(int)  # pixels a side, for "tfds:" and "folder:" alone
-    config.num_train = placeholder(int)  # train on this many images, of each class as many as of any other, or one more
+    config.num_train = placeholder(int)  # train on this many images, balanced over the classes
     config.num_test = placeholder(int)  # test on this many images
 
     # Networks: names of rkd_jax/models/, or "my_module:factory".
     config.student = "resnet8x4"
     config.teacher = "resnet32x4"
     config.teacher_checkpoint = ""  # a folder from `python -m rkd_jax.convert`, or another run's WORKDIR/best
-    # Such a folder, with whose weights the student begins, but for the last layer where its classes are others; "":
-    # random ones.
+    # Such a folder, with whose weights the student begins; its last layer is new for other classes. "": random.
     config.student_checkpoint = ""
-    # Fold its batch norms into its convolutions: the same function, to rounding. None: on GPU and TPU, but for fcfd.
+    # Fold the teacher's batch norms into its convolutions: the same, to rounding. None: on GPU and TPU, but for fcfd.
     config.fold_teacher = placeholder(bool)
 
     # Method: a file of rkd_jax/methods/, or "my_module:Class".
@@ -80,11 +79,11 @@ def get_config() -> ConfigDict:
     # an epoch of 20 to 1,000 steps (all of it, for CIFAR-100 in batches of 64), or 50.
     config.log_every = placeholder(int)
     # Steps that the device does without the host. None: log_every, where epochs and tests are whole numbers of it, else
-    # 10; on CPU 1. Another number may round otherwise.
+    # (and where the set is streamed) 10; on CPU 1. Another number may round otherwise.
     config.steps_per_call = placeholder(int)
     config.eval_epochs = 1.0  # epochs from one evaluation to the next, in whole steps
     config.eval_batch_size = 500
-    config.checkpoint_seconds = 60.0  # from one checkpoint, best/ and last/ to the next; the end and SIGTERM save too
+    config.checkpoint_seconds = 60.0  # between saves of checkpoint, best/ and last/; the end and SIGTERM save too
     config.compare = False  # also train the teacher (where no checkpoint is named) and the student alone
     config.smoke = False  # a few steps on a few random images, to see that everything fits together
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from absl import flags
 
 HERE = Path(__file__).resolve().parent
+DATA_DIR = "TFDS's folder; default: $TFDS_DATA_DIR or ~/tensorflow_datasets"  # of --data_dir, its help
 STDLIB = Path(sysconfig.get_path("stdlib")).resolve()
 
 

@@ -332,7 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", choices=DTYPES, default="uint8", help="normalised in the graph, or before it")
     parser.add_argument("--image_size", type=_flags.positive, help="side in pixels; default: as in training")
     parser.add_argument("--dataset", default="", help="compare on its test images, too")
-    parser.add_argument("--data_dir", default="", help="TFDS's folder; default: as in training")
+    parser.add_argument("--data_dir", default="", help=_flags.DATA_DIR)
     args = parser.parse_args(argv)
     with _flags.one_sentence(args):
         cpu = jax.default_device(_devices.start("cpu"))

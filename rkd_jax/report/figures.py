@@ -493,7 +493,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             command.add_argument("--runs", nargs="+", required=True, metavar=metavar, help=what)
             continue
         command.add_argument("--dataset", default="", help="default: what the networks were trained on")
-        command.add_argument("--data_dir", default="", help="TFDS's folder; default: as in training")
+        command.add_argument("--data_dir", default="", help=_flags.DATA_DIR)
         if name == "tsne":
             command.add_argument("--networks", nargs="+", required=True, metavar="NAME=FOLDER")
             command.add_argument("--classes", type=int, nargs="+", help="numbers; default: the first ten")
