@@ -160,7 +160,7 @@ def build(config: ConfigDict) -> Experiment:
     if method.joint_views and len(views) == 1:
         raise ValueError(
             f"config.method={fields.method!r} compares the views of an image, and config.views={fields.views!r} gives "
-            "one; set config.views to 'both'"
+            "one; set config.views to 'both', or to two with + between"
         )
     reduction = fields.one_of("view_reduction", ("sum", "mean"))
     if method.joint_views and reduction != "sum":
@@ -195,9 +195,7 @@ def build(config: ConfigDict) -> Experiment:
     student = models.create(fields.student, splits.num_classes, dtype, splits.train.images.shape[1], "config.student")
     student_variables, begun = None, {}
     if fields.student_checkpoint:
-        student_variables, begun = _given(fields, "student", student, splits)
-        if checkpoint.other_classes(begun, splits.num_classes, splits.class_names):
-            student_variables = _without_last_layer(fields.student, student_variables, splits)
+        student_variables, begun = _beginning(fields, student, splits)
     teacher, teacher_variables, metadata = _teacher(fields, splits, method, dtype)
     unused = _unused(fields)
     fields.fill(unused)  # which are None in a run's config.json
@@ -482,19 +480,39 @@ def _given(fields: Fields, role: str, network: nn.Module, splits: data.Splits) -
             f"{field}={path!r} was trained on images of {side} pixels, and config.dataset={fields.dataset!r} gives "
             f"{here}; set config.image_size={side}, or {here} if it is to see those"
         )
+    channels, there = splits.train.images.shape[-1], len(metadata["mean"])
+    if there != channels:
+        mend = "save these in RGB" if (channels, there) == (1, 3) else "name a network of such images"
+        raise ValueError(
+            f"{field}={path!r} was trained on images of {there} channels, and config.dataset={fields.dataset!r} has "
+            f"images of {channels}; {mend}"
+        )
     if metadata["num_classes"] != splits.num_classes:
         network = models.create(name, metadata["num_classes"], image_size=here, field=f"config.{role}")
     check_variables(network, variables, splits.train.images.shape[1:], field)
     return variables, metadata
 
 
-def _without_last_layer(name: str, variables: Any, splits: data.Splits) -> Any:
-    """The variables with None in place of the arrays whose shape follows the number of classes."""
+def _beginning(fields: Fields, student: nn.Module, splits: data.Splits) -> tuple[Any, dict[str, Any]]:
+    """The variables of the folder that config.student_checkpoint names, in the student's own tree; and its metadata.
+
+    None in place of an array whose shape follows the number of classes, where the folder's are others.
+    """
+    variables, metadata = _given(fields, "student", student, splits)
     shape = splits.train.images.shape[1:]
-    one, other = (
-        _shapes(models.create(name, splits.num_classes + more, image_size=shape[0]), shape) for more in (0, 1)
-    )
-    return jax.tree.map(lambda x, a, b: x if a.shape == b.shape else None, variables, one, other)
+    expected, given, path_of = _shapes(student, shape), variables, jax.tree_util.tree_leaves_with_path
+    kept = dict(path_of(variables))
+    if difference := checkpoint.other_classes(metadata, splits.num_classes, splits.class_names):
+        if metadata["num_classes"] == splits.num_classes:  # which are others by name
+            given = _shapes(models.create(fields.student, splits.num_classes + 1, image_size=shape[0]), shape)
+        shapes, wanted = ({path: np.shape(leaf) for path, leaf in path_of(tree)} for tree in (given, expected))
+        kept = {path: leaf for path, leaf in kept.items() if shapes.get(path) == wanted.get(path)}
+        if wanted.keys() <= kept.keys():
+            raise ValueError(
+                f"config.student_checkpoint={fields.student_checkpoint!r} was trained on {difference}: no array of "
+                f"config.student={fields.student!r} follows the number of classes, to be made anew for these"
+            )
+    return jax.tree_util.tree_map_with_path(lambda path, _: kept.get(path), expected), metadata
 
 
 def _shapes(network: nn.Module, image_shape: tuple[int, ...]) -> Any:

@@ -370,7 +370,8 @@ def _check_shared(runs: Sequence[experiment.Experiment], folders: Sequence[Path]
     for i, run in enumerate(runs[1:], start=1):
         own = {*PER_STUDENT, *TEACHER, *run_folder.NOT_COMPUTED}
         own |= {*methods.hyperparameters(run.method), *methods.hyperparameters(first.method)}
-        check(i, 0, (name for name in run.config if name not in own))
+        # Of views of one's own, the fields of the others are None.
+        check(i, 0, ("views", *(name for name in run.config if name not in own)))
         if run.data_seed != first.data_seed:
             raise ValueError(
                 f"runs that train together see the same images, and the seed is {first.data_seed} in "
@@ -449,9 +450,11 @@ def _headline(run: experiment.Experiment, parameters: int, start: int) -> str:
 def _begins_with(run: experiment.Experiment) -> str:
     if not (path := run.config["student_checkpoint"]):
         return ""
-    leaves = jax.tree.leaves(run.student_variables, is_leaf=lambda x: x is None)
-    new = ", its last layer new for these classes" if any(leaf is None for leaf in leaves) else ""
-    return f" | begins with {path}{new}"
+    leaves = jax.tree_util.tree_leaves_with_path(run.student_variables, is_leaf=lambda x: x is None)
+    new = dict.fromkeys(
+        jax.tree_util.keystr(where[1:-1] or where, simple=True, separator="/") for where, leaf in leaves if leaf is None
+    )
+    return f" | begins with {path}" + (f", {' and '.join(new)} new for other classes" if new else "")
 
 
 def _not_reached(run: experiment.Experiment) -> str:

@@ -308,6 +308,19 @@ def without_rng(images):
     return images
 
 
+def by_numpy(rng, images):
+    return np.flip(np.asarray(images), 2)
+
+
+def by_if(rng, images):
+    return images if jax.random.uniform(rng) < 0.5 else images[:, :, ::-1]
+
+
+class AClass:
+    def __init__(self, rng, images):
+        pass
+
+
 def test_own_view_is_called_without_the_options():
     key = jax.random.key(0)
     found = augment.view("test_augment:by_two", key, photographs(4, 8, 8), padding=4, flip=True, rotation=5.0)
@@ -317,15 +330,19 @@ def test_own_view_is_called_without_the_options():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("scaled", r" returned float32 of shape \(2, 8, 8, 3\); return uint8 of the images' shape, \(2, 8, 8, 3\)$"),
+        ("scaled", r" returned float32 of shape \(2, 8, 8, 3\); return uint8 of the images' shape, \(2, 8, 8, 3\)"),
         ("short", r" returned uint8 of shape \(1, 8, 8, 3\); return uint8 of"),
         ("nothing", " returned NoneType; return uint8 of"),
-        ("without_rng", ": too many positional arguments; it is called as view.rng, images.$"),
+        ("by_numpy", r" is compiled with the step, .* take jax.numpy, and jnp.where \("),
+        ("by_if", r" is compiled with the step, "),
+        ("AClass", " is a class; name a function"),
+        ("without_rng", ": too many positional arguments; it is called as view.rng, images."),
     ],
 )
 def test_own_view_that_cannot_be(name, message):
+    view = functools.partial(augment.view, f"test_augment:{name}")
     with pytest.raises(ValueError, match=rf"^config\.views='test_augment:{name}'{message}"):
-        augment.view(f"test_augment:{name}", jax.random.key(0), jnp.zeros((2, 8, 8, 3), jnp.uint8))
+        jax.eval_shape(view, jax.random.key(0), jnp.zeros((2, 8, 8, 3), jnp.uint8))
 
 
 def test_normalize():

@@ -158,6 +158,7 @@ def test_interrupted_at_different_steps_they_go_on(tiny, tmp_path):
         (({"batch_size": 8}, {"batch_size": 16}), r"share config.batch_size, which is 8 in .*a and 16 in .*b"),
         (({"seed": 0}, {"seed": 1}), r"the seed is 0 in .*a and 1 in .*b; set config.data_seed"),
         (({"views": "weak"}, {"views": "both"}), "share config.views"),
+        (({"views": "weak"}, {"views": "test_train:cropped"}), "share config.views"),
         (({"fold_teacher": False}, {"fold_teacher": True}), "share config.fold_teacher"),
     ],
 )

@@ -807,7 +807,7 @@ def test_student_that_begins_with_a_network_of_other_classes(tiny, tmp_path, oth
     metadata = {"network": "small_network:create", "num_classes": 10, "mean": [0.5], "std": [0.3]} | other
     checkpoint.save_network(tmp_path / "other", given, metadata)
     train.train_and_evaluate(tiny(**fields, student_checkpoint=str(tmp_path / "other")), tmp_path / "run")
-    assert f"| begins with {tmp_path / 'other'}, its last layer new for these classes" in capsys.readouterr().out
+    assert f"| begins with {tmp_path / 'other'}, fc new for other classes |" in capsys.readouterr().out
     (found, made), (alone, _) = (checkpoint.load_network(tmp_path / name / "last") for name in ("run", "alone"))
     assert (made["num_classes"], made["class_names"]) == (10, list("0123456789"))
     expected = given["params"] | {"fc": alone["params"]["fc"]}
@@ -815,6 +815,37 @@ def test_student_that_begins_with_a_network_of_other_classes(tiny, tmp_path, oth
 
     with pytest.raises(ValueError, match=r"^config\.teacher_checkpoint=.*other' was trained on (7|other) classes"):
         experiment.build(tiny(teacher_checkpoint=str(tmp_path / "other")))
+
+
+def network_folder(path, name, num_classes, shape=(8, 8, 1), **facts):
+    variables = experiment.untrained(models.create(name, num_classes), shape)
+    channels = shape[-1]
+    metadata = {"network": name, "num_classes": num_classes, "mean": [0.5] * channels, "std": [0.3] * channels}
+    checkpoint.save_network(path, variables | {"batch_stats": {}}, metadata | facts)  # as a run saves it
+    return {"student": name, "student_checkpoint": str(path)}, variables
+
+
+@pytest.mark.parametrize("num_classes", [10, 7])
+def test_student_without_batch_statistics_begins_with_given_weights(tiny, tmp_path, num_classes, capsys):
+    fields, given = network_folder(tmp_path / "given", "small_network:Plain", num_classes)
+    train.train_and_evaluate(tiny(**fields, num_steps=1, learning_rate=0.0), tmp_path / "run")
+    found, _ = checkpoint.load_network(tmp_path / "run" / "last")
+    np.testing.assert_array_equal(found["params"]["conv"]["kernel"], given["params"]["conv"]["kernel"])
+    same = np.array_equal(found["params"]["head"]["kernel"], given["params"]["head"]["kernel"])
+    assert same == (num_classes == 10)
+    assert ("head new for other classes" in capsys.readouterr().out) == (num_classes == 7)
+
+
+def test_network_to_begin_with_that_cannot_serve_here_is_told(tiny, tmp_path):
+    fields, _ = network_folder(tmp_path / "a", "small_network:of_16_outputs", 7)
+    message = r"config\.student_checkpoint=.* was trained on 7 classes, .*: no array of config\.student='.*' follows"
+    with pytest.raises(ValueError, match=message):
+        experiment.build(tiny(**fields))
+    network_folder(tmp_path / "b", "small_network:create", 10, (8, 8, 3))
+    for role in ("student", "teacher"):
+        message = rf"config\.{role}_checkpoint=.* images of 3 channels, .* has images of 1; save these in RGB$"
+        with pytest.raises(ValueError, match=message):
+            experiment.build(tiny(**{f"{role}_checkpoint": str(tmp_path / "b")}))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "metadata"])

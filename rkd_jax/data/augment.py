@@ -75,11 +75,19 @@ def view(name: str, rng: jax.Array, images: jax.Array, **options) -> jax.Array:
 
 def _own_view(name: str, rng: jax.Array, images: jax.Array) -> jax.Array:
     function, field = _own.load(name, "config.views", "view"), f"config.views={name!r}"
+    if inspect.isclass(function):
+        raise ValueError(f"{field} is a class; name a function, or an instance that can be called")
     try:
         inspect.signature(function).bind(rng, images)
     except TypeError as error:
         raise ValueError(f"{field}: {error}; it is called as view(rng, images)") from error
-    made = function(rng, images)
+    try:
+        made = function(rng, images)
+    except jax.errors.JAXTypeError as error:  # of what is not known before the program runs
+        raise ValueError(
+            f"{field} is compiled with the step, and cannot use NumPy, int() or `if` on its images; take jax.numpy, "
+            f"and jnp.where ({str(error).partition(chr(10))[0]})"
+        ) from error
     shape, dtype = getattr(made, "shape", None), getattr(made, "dtype", None)
     if shape != images.shape or dtype != jnp.uint8:
         found = type(made).__name__ if dtype is None else f"{dtype} of shape {shape}"

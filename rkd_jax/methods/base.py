@@ -152,6 +152,6 @@ def weak_and_strong(name: str, outputs: Outputs) -> tuple[jax.Array, jax.Array]:
         views = outputs.logits.shape[0] if outputs.logits.ndim == 3 else 1
         raise ValueError(
             f"config.method={name!r} compares a weak view with a strong one, and config.views gives {views}; "
-            "set config.views to 'both'"
+            "set config.views to 'both', or to two with + between"
         )
     return outputs.logits[0], outputs.logits[1]
