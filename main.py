@@ -11,7 +11,7 @@ from ml_collections import config_flags
 
 from rkd_jax import _devices, _files, _flags, _memory, evaluate, processes, runs
 
-sys.path.append(os.getcwd())  # for a network or a method of one's own
+sys.path.append(os.getcwd())  # for what the config names of one's own
 CONFIGS = os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs"))
 EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError)
 FLAGS = flags.FLAGS

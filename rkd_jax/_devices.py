@@ -12,9 +12,9 @@ import jax
 def cache_programs(folder: Path) -> None:
     """Keeps compiled programs in `folder`, by host name, for programs for one CPU may not run on another.
 
-    Where $JAX_COMPILATION_CACHE_DIR is set, there.
+    Where $JAX_COMPILATION_CACHE_DIR is set, there; empty, nowhere.
     """
-    if not jax.config.jax_compilation_cache_dir:
+    if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str((folder / platform.node()).absolute()))
 
 

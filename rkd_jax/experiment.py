@@ -189,7 +189,7 @@ def build(config: ConfigDict) -> Experiment:
     if fields.num_steps is not None:
         num_steps = fields.at_least("num_steps", 1, MOST_STEPS)
     batch = jax.ShapeDtypeStruct((batch_size, *splits.train.images.shape[1:]), jnp.uint8)
-    for name in views:  # one of the user's own is tried
+    for name in {*views} - {*VIEWS}:  # those of the user's own are tried
         jax.eval_shape(functools.partial(augment.view, name), jax.random.key(0), batch)
 
     student = models.create(fields.student, splits.num_classes, dtype, splits.train.images.shape[1], "config.student")

@@ -67,10 +67,12 @@ runpy.run_path("main.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("told", ["", "elsewhere"])
-def test_main_keeps_compiled_programs_by_host(tmp_path, told):
-    ran = start("-c", MAIN, XDG_CACHE_HOME=str(tmp_path), JAX_COMPILATION_CACHE_DIR=told)
-    assert ran.stdout == f"{told or tmp_path / 'rkd_jax' / platform.node()}\n", ran.stderr
+@pytest.mark.parametrize("told", [None, "elsewhere", SLOW("")])
+def test_main_keeps_compiled_programs_by_host(monkeypatch, tmp_path, told):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    environment = {} if told is None else {"JAX_COMPILATION_CACHE_DIR": told}
+    ran = start("-c", MAIN, XDG_CACHE_HOME=str(tmp_path), **environment)
+    assert ran.stdout == f"{tmp_path / 'rkd_jax' / platform.node() if told is None else told}\n", ran.stderr
 
 
 def test_other_errors_of_the_device_pass():
