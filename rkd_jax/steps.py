@@ -155,8 +155,12 @@ def create_state(
     images = jnp.zeros((2, *image_shape), jnp.float32)
     variables = student.init(student_rng, images, train=False)
     if student_variables:
-        chosen = functools.partial(jax.tree.map, is_leaf=lambda x: x is None)
-        variables = chosen(lambda given, made: made if given is None else given, student_variables, variables)
+        variables = jax.tree.map(
+            lambda given, made: made if given is None else given,
+            student_variables,
+            variables,
+            is_leaf=lambda x: x is None,
+        )
     if others := sorted(set(variables) - {"params", "batch_stats"}):
         raise ValueError(
             f"config.student has variables {' and '.join(map(repr, others))}, and none but 'params' and 'batch_stats' "
