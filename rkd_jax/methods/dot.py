@@ -5,8 +5,8 @@ theta -= rate * (v_ce + v_kd), g_ce the gradient of the label term, g_kd that of
 
 m and the weight decay are the optimizer's. `inner` is any method with a teacher; its hyper-parameters are set as if it
 were the method: config.method = "dot", config.inner = "dkd", config.beta = 2. Parameters that one of the two gradients
-does not reach have the optimizer's plain momentum, as in the released code: of a method that compares maps, the
-student's classifier and what the method trains for itself.
+does not reach, here as long as it has been exactly 0, have the optimizer's plain momentum, as in the released code: of
+a method that compares maps, the student's classifier and what the method trains for itself.
 """
 
 import contextlib
