@@ -410,7 +410,7 @@ def test_command_there_and_back(tmp_path, capsys):
     out = command(capsys, "--model", "RESNET8", "--checkpoint", path, "--output", tmp_path / "folder")
     assert "resnet8, 100 classes, 83,892 parameters" in out
     variables, metadata = checkpoint.load_network(tmp_path / "folder", "resnet8", 100)
-    assert metadata["mean"] == [0.5071, 0.4867, 0.4408]
+    assert (metadata["mean"], metadata["image_size"]) == ([0.5071, 0.4867, 0.4408], 32)
     assert metadata["source"] == "resnet8.pth"
     assert len(metadata["sha256"]) == 64
     assert_holds(variables, state, num_classes=100)

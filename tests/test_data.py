@@ -255,6 +255,18 @@ def test_a_set_prepared_anew_is_decoded_anew(tiny):
     info.write_text(json.dumps({**json.loads(info.read_text()), "description": "another"}))
     check_tiny(data.load("tiny_imagenet", str(tiny)))
     assert json.loads(meta.read_text())["fingerprint"] != before
+    facts = json.loads(meta.read_text()) | {"format": 0, "class_names": ["of an older form of the cache"]}
+    meta.write_text(json.dumps(facts))
+    check_tiny(data.load("tiny_imagenet", str(tiny)))
+
+
+def test_newest_version_of_a_prepared_set_is_read(tmp_path):
+    for version in ("9.0.0", "10.0.0", "11.0.0"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "dataset_info.json").touch()
+    (tmp_path / "11.0.0" / "dataset_info.json").unlink()  # not prepared to the end
+    assert _prepared._newest(tmp_path, "") == tmp_path / "10.0.0"
+    assert _prepared._newest(tmp_path, "9.0.0") == tmp_path / "9.0.0"
 
 
 def test_caches_alone_are_told_apart_by_size_and_version(tmp_path, offline):
@@ -275,6 +287,8 @@ def test_caches_alone_are_told_apart_by_size_and_version(tmp_path, offline):
     for folder, size in ((tmp_path, 16), (tmp_path / "own" / "9.0.0.uint8", 24)):
         with pytest.raises((ValueError, FileNotFoundError)):  # TFDS knows no such set
             side(folder=folder, image_size=size)
+    with pytest.raises((ValueError, FileNotFoundError)):
+        side("tfds:another", tmp_path / "own" / "9.0.0.uint8")
     shutil.rmtree(tmp_path / "own" / "9.0.0.uint8")
     shutil.rmtree(tmp_path / "own" / "10.0.0.uint8")
     with pytest.raises((ValueError, FileNotFoundError)):
@@ -398,6 +412,12 @@ def test_random_has_the_form_of_the_set():
         data.random("cifar100", 20, 10, image_size=16)
 
 
+def test_cifar100_is_normalised_as_its_teachers_were(tmp_path):
+    _prepared.write_cache("cifar100", tmp_path, data.random("cifar100", 20, 10))
+    splits = data.load("cifar100", str(tmp_path))
+    assert (splits.mean, splits.std) == ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
+
+
 def test_real_cifar100():
     if not (REAL / "tfds").exists():
         pytest.skip("no prepared CIFAR-100 at ../shared/data/tfds")
@@ -499,6 +519,20 @@ def test_tfds_grey_without_test_split(tmp_path):
     assert data.load("tfds:grey_set", str(tmp_path)).train.images.shape == (81, 28, 28, 1)  # caches stay apart
 
 
+def test_tfds_test_split_precedes_validation_and_the_statistics_are_those_of_training(tmp_path):
+    def features(f):
+        return f.FeaturesDict({"image": f.Image(shape=(8, 8, 1)), "label": f.ClassLabel(num_classes=2)})
+
+    def examples(level, count):
+        return [{"image": io.BytesIO(encode(np.full((8, 8), level, np.uint8))), "label": i % 2} for i in range(count)]
+
+    levels = {"train": examples(10, 4), "validation": examples(100, 3), "test": examples(200, 2)}
+    tfds_set(tmp_path, "ThreeSplits", features, levels)
+    splits = data.load("tfds:three_splits", str(tmp_path))
+    assert (splits.test.images == 200).all()
+    assert splits.mean == base.moments(splits.train.images)[0]
+
+
 def test_tfds_of_unequal_sizes_and_secret_labels(tmp_path):
     def features(f):
         return f.FeaturesDict({"image": f.Image(shape=(None, None, 3)), "label": f.ClassLabel(num_classes=2)})
@@ -537,6 +571,7 @@ def test_folder_with_splits(tmp_path):
     assert splits.train.images.shape == (5, 10, 12, 3)
     assert splits.train.labels.tolist() == [0, 0, 0, 1, 1]
     assert splits.test.labels.tolist() == [0, 1, 1]
+    assert (splits.mean, splits.std) == base.moments(splits.train.images)
     assert (splits.test.images[:, 0, 0, 0] == 50 * splits.test.labels).all()
     assert data.load(f"folder:{tmp_path}", image_size=8).test.images.shape == (3, 8, 8, 3)
     (tmp_path / "val" / "cat").mkdir()
@@ -586,7 +621,7 @@ def test_folder_to_test_on(tmp_path):
 
 def test_folder_without_splits(tmp_path):
     write_folder(tmp_path, {"ape": 20, "bee": 10})
-    Image.new("RGB", (30, 30), (50, 50, 50)).save(tmp_path / "bee" / "odd.jpg")
+    Image.new("RGB", (30, 30), (50, 50, 50)).save(tmp_path / "bee" / "odd.JPG")
     splits = data.load(f"folder:{tmp_path}")
     assert splits.train.images.shape == (28, 64, 64, 3)
     assert splits.test.labels.tolist() == [0, 0, 1]
@@ -602,6 +637,8 @@ def test_grey_images_with_alpha_are_grey(tmp_path):
     images = data.load(f"folder:{tmp_path}").train.images
     assert images.shape == (18, 9, 9, 1)
     assert (images == 7).all()
+    Image.new("RGB", (9, 9)).save(tmp_path / "bee" / "00.png")  # one in colour, and all are
+    assert data.load(f"folder:{tmp_path}").train.images.shape == (18, 9, 9, 3)
 
 
 def test_folder_errors(tmp_path):

@@ -54,7 +54,7 @@ def run(folder, **fields):
     (folder / "summary.json").write_text(json.dumps({"config": config, "best": best, "last": last}))
     lines = []
     for step in (10, 20):
-        train = {"loss": 9.0 / step, "top1": 2.5 * step, "student_blocks": 2.0, "teacher_blocks": 3.0}
+        train = {"loss": 9.0 / step, "top1": 2.5 * step, "student_blocks": step / 10, "teacher_blocks": 3.0}
         lines.append({"step": step, "epoch": step / 10, "kind": "train", **train})
         lines.append({"step": step, "epoch": step / 10, "kind": "test", "top1": 95.0 - step / 10})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3')
@@ -93,6 +93,9 @@ def test_ranked_logits_orders_names_and_correlates(teacher, student, tmp_path):
     drawn = [axis.lines[0].get_ydata() for axis in axes[:2]]
     order = np.argsort(-reference.logits[0])
     np.testing.assert_array_equal(drawn, [reference.logits[0][order], own.logits[0][order]])
+    true = splits.test.labels[7]
+    np.testing.assert_array_equal(axes[1].lines[1].get_xydata(), [[list(order).index(true) + 1, own.logits[0][true]]])
+    np.testing.assert_array_equal(axes[0].child_axes[0].images[0].get_array(), images[0, ..., 0])
 
 
 @pytest.mark.slow
@@ -105,7 +108,10 @@ def test_logit_difference_figure(teacher, student, tmp_path):
 
 
 def test_tsne(student, tmp_path):
-    draw(tmp_path, "tsne", "--networks", f"S={student}", "--classes", 1, 4, 7, "--num_images", 30)
+    arguments = ["tsne", "--networks", f"S={student}", "--classes", 1, 4, 7, "--num_images", 30]
+    draw(tmp_path, *arguments)
+    shown = drawn(*arguments)[0].axes[0].collections
+    assert [(points.get_label(), len(points.get_offsets())) for points in shown] == [("1", 10), ("4", 10), ("7", 10)]
     assert len({(*figures._look(i).values(),) for i in range(100)}) == 100
 
 
@@ -272,6 +278,15 @@ def test_curves_and_the_same_figure_is_the_same_file(tmp_path):
     assert before == [(tmp_path / f"figure.{suffix}").read_bytes() for suffix in ("png", "svg")]
 
 
+def test_curves_are_the_metrics_by_epoch_with_the_best_test_and_the_last_marked(tmp_path):
+    loss, accuracy, top1 = drawn("curves", "--runs", run(tmp_path / "a"))[0].axes
+    np.testing.assert_allclose(loss.lines[0].get_xydata(), [[1, 0.9], [2, 0.45]])
+    np.testing.assert_allclose(accuracy.lines[0].get_xydata(), [[1, 25], [2, 50]])
+    np.testing.assert_allclose(top1.lines[0].get_xydata(), [[1, 94], [2, 93]])
+    marks = {line.get_marker(): line.get_xydata().tolist() for line in top1.lines[1:]}
+    assert marks == {"*": [[1, 94]], "o": [[2, 93]]}
+
+
 def test_curves_of_many_runs_differ(tmp_path):
     folder = run(tmp_path / "a")
     loss = drawn("curves", "--runs", *(f"{i}={folder}" for i in range(30)))[0].axes[0]
@@ -287,6 +302,18 @@ def test_lambda_shows_the_paper_where_the_pair_is_the_papers(tmp_path):
     pair = {"dataset": "cifar100", "teacher": "resnet32x4", "student": "resnet8x4"}
     theirs = [run(tmp_path / f"paper-{lam}", lam=lam, **pair) / "summary.json" for lam in (0.5, 5.0)]
     assert "the paper's Table 5" in texts("lambda", "--runs", *theirs)
+    points = drawn("lambda", "--runs", *theirs)[0].axes[0].lines[-1]
+    np.testing.assert_array_equal(points.get_xydata()[0], [0.1, 75.59])
+
+
+def test_accuracies_are_means_over_the_seeds_of_the_best_and_of_the_last():
+    top1 = ((70.0, 60.0), (72.0, 66.0), (75.0, 74.0))
+    records = [{"best": {"top1": best}, "last": {"top1": last}} for best, last in top1]
+    axis = figures.Figure().subplots()
+    figures._accuracies(axis, [5.0, 5.0, 1.0], records)
+    best, _, last, _ = (line.get_xydata().tolist() for line in axis.lines)  # each with the points of its runs
+    assert best == [[1, 75], [5, 71]]
+    assert last == [[1, 74], [5, 63]]
 
 
 def test_eps_shows_blocks(tmp_path):

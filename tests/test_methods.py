@@ -22,7 +22,7 @@ from conftest import FAST_COMPILE, ROOT, SLOW
 
 from rkd_jax import methods
 from rkd_jax.methods import __main__ as listing
-from rkd_jax.methods import base, dot
+from rkd_jax.methods import base, dot, kd
 from rkd_jax.models import Cuts, Outputs
 
 jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
@@ -521,6 +521,17 @@ def test_values_and_gradients_are_numpys(name, fields):
 # What is particular to one.
 
 
+def test_ranking_alignment_takes_its_rank_scale_and_logs_the_blocks_of_either_side():
+    fields = ({"eps": 0.5, "rank_scale": scale} for scale in ("logits", "paper"))
+    found, paper = (evaluate("ranking_alignment", each, logits(0, 4), logits(1, 4), Y)["ranking"] for each in fields)
+    np.testing.assert_allclose(found, 0.5**2 * paper, rtol=1e-5)
+
+    s, t = outputs(1e-3 * logits(0, 4)), outputs(1e3 * logits(1, 4))
+    method = methods.create("ranking_alignment")
+    _, _, blocks = jit(lambda s, t: method.loss({}, {}, s, t, {"label": Y}, context(0.0)))(s, t)
+    assert blocks == {"student_blocks": 1, "student_one_block": 1, "teacher_blocks": CLASSES}
+
+
 def test_ctkds_temperature_is_trained_to_raise_the_loss():
     method = methods.create("ctkd")
     s, t, y = logits(0, 4), logits(1, 4), Y
@@ -595,6 +606,22 @@ def test_dots_inner_method_gets_its_fields_and_its_authors_values():
         ValueError, match=r"lam=3.0 is set, but within 'dot' \(config.inner\), method 'kd' does not read it"
     ):
         methods.create("dot", lam=3.0)
+
+
+def test_dot_deploys_and_wraps_the_optimizer_as_its_inner_method_does():
+    class Inner(kd.Method):
+        def deploy(self, network, images, variables, params, state):
+            return f"{variables} as deployed"
+
+        def wrap_optimizer(self, tx):
+            return optax.chain(optax.add_decayed_weights(0.5), tx)
+
+    method = dot.Method(Inner())
+    assert method.deploy(None, None, "variables", {}, {}) == "variables as deployed"
+    tx, params, nothing = method.wrap_optimizer(optax.sgd(0.1, 0.9)), jnp.float32(2), jnp.float32(0)
+    grads = {"label": nothing, "distill": nothing}
+    updates, _ = tx.update(nothing, tx.init(params), params, term_grads=grads)
+    assert float(updates) == pytest.approx(-0.1 * 0.5 * 2)
 
 
 def test_takds_chain():

@@ -100,17 +100,17 @@ def test_values_and_gradients_are_scikit_learns_in_float64(ranking, n):
 
 @both_forms
 @pytest.mark.parametrize("n", [5, 100, 1000, SLOW(4096)])
-def test_float32_ranks_are_within_2e_6_n(ranking, n):
+def test_float32_ranks_are_within_5e_7_n_and_long_ones_within_half(ranking, n):
     x = rows(n, np.float32)
     g = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
-    run = value_and_vjp(ranking)
+    run, tolerance = value_and_vjp(ranking), (5e-7 if n <= 100 else 2.5e-7) * n
     for eps in STRENGTHS if n < 4096 else (1e-4, 0.01, 1.0):
         found, gradient = run(x, eps, g)
         assert found.dtype == gradient.dtype == jnp.float32
         for kind, row, *pair in zip(KINDS, x, found, gradient, g, strict=True):
             # The gradient is that of the ranks up to a choice at ties of block means: there, both sides are right.
             rank, _, slope = expected(row, np.float32(eps), pair[2])
-            np.testing.assert_allclose(pair[0], rank, rtol=0, atol=2e-6 * n, err_msg=f"{kind} {eps}")
+            np.testing.assert_allclose(pair[0], rank, rtol=0, atol=tolerance, err_msg=f"{kind} {eps}")
             agree = np.isclose(pair[1] * eps, slope * eps, rtol=0, atol=1e-4)
             assert agree.mean() >= (1.0 if n <= 200 else 0.98), f"{kind} {eps}: {1 - agree.mean():.3f} differ"
 

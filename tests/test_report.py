@@ -38,6 +38,25 @@ def test_paper_is_complete():
             assert ours == [max(row.numbers[column] or 0 for row in t.rows if row.cell != "teacher")]
 
 
+def test_paper_has_no_number_of_another_column_or_with_a_digit_wrong():
+    """A network has one accuracy, as a teacher and alone, on a data set; and the sum over each table."""
+    of_network = {}
+    for t in paper.TABLES[:3]:
+        for cell, side in (("teacher", 0), ("cross_entropy", 1)):
+            (row,) = (row for row in t.rows if row.cell == cell)
+            for pair, x in zip(t.pairs, row.numbers, strict=True):
+                of_network.setdefault((cell, t.number == 3, paper.PAIRS[pair].split(" > ")[side]), set()).add(x)
+    found = [{name: x for (_, tiny, name), (x,) in of_network.items() if tiny == which} for which in (False, True)]
+    assert found[0] == {
+        "resnet56": 72.34, "resnet32x4": 79.42, "wrn_40_2": 75.61, "vgg13": 74.64, "resnet110": 74.31,
+        "ResNet50": 79.34, "resnet20": 69.06, "resnet8x4": 72.50, "wrn_16_2": 73.26, "wrn_40_1": 71.98,
+        "vgg8": 70.36, "resnet32": 71.14, "ShuffleV2": 71.82, "MobileNetV2": 64.60, "ShuffleV1": 70.50,
+    }  # fmt: skip
+    assert found[1] == {"ResNet18": 62.99, "MobileNetV2": 56.28, "ShuffleV2": 60.78}
+    sums = [sum(x for row in t.rows for x in row.numbers if x) for t in paper.TABLES]
+    assert sums == pytest.approx([9254.48, 7530.02, 1126.34, 455.65, 385.18, 317.66], abs=0.005)
+
+
 def test_columns_are_the_configs_pairs():
     for pair, name in paper.PAIRS.items():
         config = importlib.import_module(f"configs.{pair}").get_config()
@@ -50,8 +69,17 @@ def test_every_cell_is_a_config_of_its_method():
         for cell in cells.select(EVERY, 1):
             config = cells.configure(cell, scale)
             assert config.method == ("cross_entropy" if cell.name == "teacher" else cell.method)
+    for name, fields in cells.SCALES["smoke"].toy.items():
+        config = cells.configure(cells.Cell(PAIR, name, 0), "smoke")
+        assert {field: config[field] for field in fields} == fields
     (lam,) = (row for row in paper.TABLES[4].rows if row.name == "0.1")
     assert cells.configure(cells.Cell(PAIR, lam.cell, 2), "full").lam == 0.1
+    fields = {"CE + RA(L1)": ("kind", "l1"), "CE + RA(Spearman)": ("kind", "spearman")}
+    fields["CE + KD + RA(L2)"] = ("kd_weight", methods.create("kd").beta)
+    for row in (row for row in paper.TABLES[3].rows if row.name in fields):
+        field, value = fields.pop(row.name)
+        assert cells.configure(cells.Cell(PAIR, row.cell, 0), "full")[field] == value
+    assert not fields
     for t in paper.TABLES[4:]:  # the row without a lambda is the one of the default
         (row,) = (row for row in t.rows if row.cell == "ranking_alignment")
         dataset = cells.configure(cells.Cell(t.pairs[0], row.cell, 0), "full").dataset
@@ -68,6 +96,8 @@ def test_full_is_the_pairs_config_and_short_a_tenth_of_it():
     assert short.num_train == 10_000
     teacher = cells.configure(cell._replace(name="teacher"), "full")
     assert (teacher.student, teacher.num_epochs, teacher.views) == ("resnet32x4", 240, "weak")
+    alone = cells.configure(cell._replace(name="cross_entropy"), "full")  # as the distilled ones, not as the teachers
+    assert (alone.student, alone.teacher, alone.num_epochs, alone.views) == ("resnet8x4", "", 300, "both")
 
 
 def counts(numbers, seeds, scale="full", **where):
@@ -82,7 +112,7 @@ def test_tiny_has_small_networks_for_every_pair():
         assert config.num_train == 320
 
 
-def test_plan_shares_what_cells_have_in_common():
+def test_plan_shares_what_cells_have_in_common(flags, trainer, tmp_path):
     # A table's teachers and students alone are shared between its pairs; Tables 4 and 5 have cells of Table 1.
     assert counts([1], 1) == (6 * 20, 5 + 6 + 6 * 18)
     assert counts([1], 3) == (6 + 3 * 6 * 19, 5 + 3 * (6 + 6 * 18))
@@ -93,6 +123,9 @@ def test_plan_shares_what_cells_have_in_common():
     assert counts([1, 4, 5], 1, pairs=[PAIR]) == (20 + 3 + 4, 20 + 3 + 4)
     assert counts(EVERY, 1, "smoke") == (249, 30)
     assert counts(EVERY, 1, names=["cross_entropy"]) == (13, 11)  # no teacher is asked for
+    run.main([*flags, "--table", "1", "--methods", "cross_entropy"])
+    assert trainer.names == ["cross_entropy-seed0"]
+    assert len(list(tmp_path.glob("r/smoke/*/cross_entropy-seed0.json"))) == 6  # its result is all pairs'
 
 
 def test_plan_names_runs_and_puts_teachers_first():
@@ -121,6 +154,8 @@ def test_given_teacher_is_found_and_not_trained(teacher, tmp_path):
     assert planned[0].given == tmp_path / "resnet32x4" / "best"
     assert planned[2].config.teacher_checkpoint == str(planned[0].given)
     assert all(each.given is None for each in run.plan(cells.select([4], 1), "smoke", Path("w"), tmp_path))
+    (tmp_path / "resnet50").symlink_to(teacher)
+    assert run.find(tmp_path, "ResNet50") == tmp_path / "resnet50"
     shipped = ROOT / "teachers"
     for folders, found in (((tmp_path, shipped), planned[0].given), ((Path("none"), shipped), shipped / "resnet32x4")):
         assert run.plan(cells.select([4], 1), "full", Path("w"), *folders)[0].given == found
@@ -177,7 +212,7 @@ def trainer(monkeypatch):
                     raise self.errors[folder.name]
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "summary.json").touch()
-            return [result(50.0, 49.0) for _ in members]
+            return [result(50.0, 49.0) | {"folder": folder.name} for _, folder in members]
 
     stand_in = Trainer()
     monkeypatch.setattr(run, "train_members", stand_in)
@@ -223,7 +258,9 @@ def test_failed_run_does_not_stop_the_others(error, flags, trainer, tmp_path):
     with pytest.raises(SystemExit, match=rf"(?s)these runs failed.*kd-seed0: {error}"):
         run.main([*flags, "--table", "4", "--together", "3"])
     assert trainer.names[-3:] == ["cross_entropy-seed0", "kd-seed0", "ranking_alignment-kind=l1-seed0"]  # one by one
-    assert len(list(tmp_path.glob("r/smoke/*/*.json"))) == 6
+    written = list(tmp_path.glob("r/smoke/*/*.json"))
+    assert len(written) == 6
+    assert all(json.loads(path.read_text())["folder"] == path.stem for path in written)  # each run's in its cell
 
 
 @pytest.mark.parametrize(
@@ -298,10 +335,16 @@ def test_source_names_the_arithmetic_of_training():
     assert tables.source(results).startswith(start.format(3) + "bfloat16, float32" + end)
     assert tables.source(results[:2]).startswith(start.format(2) + "float32" + end)
     assert tables.source(results[:1]).startswith("Ours: 1 results on toaster, 2026")
+    later = result(1.0, 1.0) | {"date": "2026-03-04T00:00:00+00:00"}
+    assert "on toaster, 2026-01-02 to 2026-03-04, jax" in tables.source([later, results[0]])
 
 
 def test_results_of_two_teachers_do_not_mix(tmp_path):
     put(tmp_path, "full", cells.Cell(PAIR, "kd", 0), 73.0, 72.9)
+    takd = cells.Cell(PAIR, "takd", 0)  # whose last teacher is its assistant
+    config = {"teacher_fingerprint": "f2", "assistant": "wrn_40_2"}
+    run.write(takd, run.Run("x", Path("w"), None, [takd]), result(1.0, 1.0) | {"config": config}, tmp_path, "full")
+    assert len(tables.load(tmp_path, "full")) == 2
     put(tmp_path, "full", cells.Cell(PAIR, "dkd", 0), 73.0, 72.9, teacher="f2")
     with pytest.raises(ValueError, match=r"kd-seed0.json had another teacher"):
         tables.load(tmp_path, "full")

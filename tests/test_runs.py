@@ -13,7 +13,7 @@ from PIL import Image
 from test_methods import MINE
 
 from configs import cifar100_res56_res20
-from rkd_jax import data, evaluate, experiment, run_folder, runs, train
+from rkd_jax import checkpoint, data, evaluate, experiment, run_folder, runs, steps, train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -128,6 +128,8 @@ def test_comparison_evaluates_a_given_teacher(tiny, tmp_path):
     rows = runs.compare(tiny(compare=True, num_steps=2), tmp_path / "run")
     assert rows[0]["method"] == "as given"
     assert 0 <= rows[0]["last"]["top1"] <= 100
+    rows[1] |= {"last": {"top1": 80.0}, "best": {"top1": 90.0}, "seconds": 12.4}
+    assert runs.table(rows).splitlines()[3].split()[-3:] == ["80.00", "90.00", "12"]
 
 
 def test_evaluation_names_the_field_and_says_what_it_cannot_write(resnets, teacher, tmp_path, capsys):
@@ -170,6 +172,18 @@ def test_evaluation_without_a_config_takes_that_of_each_run(tiny, teacher, tmp_p
     assert evaluate.run(tiny(), teacher, {})[0]["dataset"] == "digits"  # of the config, for that folder names none
     with pytest.raises(ValueError, match=r"was trained on 3 classes \(folder:.*\), config.dataset has 10"):
         evaluate.run(tiny(), tmp_path / "all" / "own")
+
+
+def test_network_is_tested_and_teaches_with_its_own_normalisation(tiny, small_teacher, tmp_path):
+    variables, metadata = checkpoint.load_network(small_teacher)
+    checkpoint.save_network(tmp_path, variables, metadata | {"mean": [0.1], "std": [0.7]})
+    run = experiment.build(tiny(teacher_checkpoint=str(tmp_path)))
+    assert run.recipe.teacher_normalization == ((0.1,), (0.7,))
+    assert run.recipe.student_normalization == (run.splits.mean, run.splits.std)
+    eval_step = steps.make_eval_step(run.teacher, run.recipe.teacher_normalization, steps.local_mesh())
+    expected = steps.evaluate(eval_step, variables, *run.splits.test, 32)
+    assert evaluate.evaluate(tiny(), tmp_path)["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+    assert evaluate.evaluate(tiny(), small_teacher)["loss"] != pytest.approx(expected["loss"], rel=1e-3)
 
 
 def test_evaluation_of_what_is_no_folder_says_so(tiny, tmp_path):
@@ -250,12 +264,28 @@ def test_weights_to_begin_with_are_the_last_students_alone(resnets):
     assert [link.student_checkpoint for link in runs.chain(config)] == ["", "somewhere"]
 
 
+def test_runs_of_a_comparison_share_their_seed_and_the_students_alone_what_they_begin_with(
+    tiny, small_teacher, tmp_path, monkeypatch
+):
+    begun = []
+
+    def stand_in(config, workdir):
+        begun.append((workdir.name, config.seed, config.student_checkpoint))
+        return {"parameters": 1, "last": {"top1": 1.0}}
+
+    monkeypatch.setattr(train, "train_and_evaluate", stand_in)
+    given = str(small_teacher)
+    runs.compare(tiny(teacher_checkpoint="", student_checkpoint=given, seed=3), tmp_path)
+    assert begun == [("teacher", 3, ""), ("alone", 3, given), ("distilled", 3, given)]
+
+
 @pytest.mark.slow
 def test_takd_goes_through_its_assistants(resnets, tmp_path):
     summary = runs.distil(resnets(method="takd", assistant="resnet14", num_steps=2), tmp_path / "run")
     link = json.loads((tmp_path / "run" / "assistants" / "resnet14" / "summary.json").read_text())["config"]
     assert (link["teacher"], link["student"]) == ("resnet8", "resnet14")
     assert (summary["config"]["teacher"], summary["config"]["student"]) == ("resnet14", "resnet8")
+    assert summary["config"]["teacher_checkpoint"] == str(tmp_path / "run" / "assistants" / "resnet14" / "last")
     assert summary["config"]["teacher_fingerprint"] != link["teacher_fingerprint"]
     for fields, complaint in (
         ({}, r"config.assistant is not set"),
@@ -355,11 +385,16 @@ def test_smoke_of_a_folder_takes_a_few_of_its_images(tiny, tmp_path, capsys):
     assert "random images" not in text
 
 
-def test_fields_of_the_step_reach_it(tiny):
+def test_fields_of_the_step_reach_it(tiny, resnets):
     run = experiment.build(tiny(crop_padding=2, flip=True, rotation=5.0, fold_teacher=True))
     assert run.recipe.augmentation == {"padding": 2, "flip": True, "rotation": 5.0}
     assert not run.teacher_variables["batch_stats"]
     assert experiment.build(tiny(fold_teacher=False)).teacher_variables["batch_stats"]
+    recipe = experiment.build(tiny(num_train=60, num_epochs=3, num_steps=None)).recipe
+    assert (recipe.steps_per_epoch, recipe.num_steps) == (7, 3 * 7)  # batches of 8; what fills none is left out
+    assert experiment.build(tiny(eval_epochs=0.01)).loop.eval_every == 1
+    half = experiment.build(resnets(dtype="bfloat16"))
+    assert half.student.dtype == half.teacher.dtype == "bfloat16"
 
 
 def test_folded_teacher_gives_the_same_losses(tiny, tmp_path):

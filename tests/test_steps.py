@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SLOW
+from flax import linen as nn
 from jax import export
 
 from rkd_jax import experiment, losses, steps
@@ -165,6 +166,81 @@ def test_terms_are_summed_or_averaged_over_the_views(tiny):
     np.testing.assert_allclose(found["sum"]["top1"], found["mean"]["top1"])
 
 
+class Drawn(nn.Module):
+    """A student whose logits, in training, are what it draws."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        bias = self.param("bias", nn.initializers.zeros, (self.num_classes,))
+        key = self.make_rng("dropout") if train else jax.random.key(0)
+        return bias + jax.random.normal(key, (len(images), self.num_classes))
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys(base.Distiller):
+    """Keeps, of the last two views, what tells the keys of the image, of the student and of the method."""
+
+    def init(self, rng, student, teacher, num_examples):
+        return {}, jnp.zeros((2, 3))
+
+    def loss(self, params, state, student, teacher, batch, context):
+        seen = jnp.stack([teacher.logits.mean(), student.logits.mean(), jax.random.uniform(context.rng)])
+        return {"label": 0 * student.logits.sum()}, jnp.stack([state[1], seen]), {}
+
+
+def test_each_step_and_view_draws_anew_the_images_by_the_datas_key_and_the_rest_by_the_students(tiny, monkeypatch):
+    def noise(name, rng, images, **options):
+        return jax.random.bits(rng, images.shape, jnp.uint8)
+
+    monkeypatch.setattr(steps.augment, "view", noise)
+    _, state, inputs, step = prepare(tiny(views="both", student="test_steps:Drawn"), Keys())
+    first, order = jax.device_get(state), steps.epoch_order(RNG, 0, 64)
+
+    def draw(state, **keys):
+        state, _ = step(state, inputs._replace(**keys), order)
+        return state, np.array(state.method_state)  # [view, what]
+
+    state, one = draw(first)
+    _, two = draw(state)
+    for values in np.concatenate([one, two]).T:
+        assert len({*values}) == 4
+    (_, other_data), (_, other_student) = draw(first, rng=jax.random.key(1)), draw(first, rngs=(jax.random.key(1),))
+    assert (other_data == one).all(0).tolist() == [False, True, True]
+    assert (other_student == one).all(0).tolist() == [True, False, False]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting(base.Distiller):
+    """Trains a number, and counts the views."""
+
+    def init(self, rng, student, teacher, num_examples):
+        return {"w": jnp.float32(2)}, jnp.float32(0)
+
+    def loss(self, params, state, student, teacher, batch, context):
+        return {"label": 0 * student.logits.sum(), "rest": 3 * params["w"]}, state + 1, {"before": state}
+
+
+def test_method_is_trained_by_all_views_and_carries_its_state_from_one_to_the_next(tiny):
+    config = tiny(views="both", learning_rate=0.1, weight_decay=0.01)
+    _, state, inputs, step = prepare(config, Counting())
+    state, metrics = step(state, inputs, steps.epoch_order(RNG, 0, 64))
+    assert float(state.params["method"]["w"]) == pytest.approx(2 - 0.1 * (2 * 3 + 0.01 * 2))
+    assert float(state.method_state) == 2
+    assert float(metrics["before"]) == 0.5  # the mean of 0 and 1
+
+
+def test_accuracy_in_training_is_of_the_student_and_in_percent(tiny):
+    _, state, inputs, step = prepare(tiny(student="test_steps:Drawn", method="cross_entropy"))
+    state = state._replace(params=state.params | {"student": {"bias": 100 * jax.nn.one_hot(3, 10)}})  # says 3 of all
+    order = jnp.argsort(inputs.labels != 3)  # the threes first
+    _, metrics = step(state, inputs, order)
+    threes = float((inputs.labels[order[:8]] == 3).mean())
+    assert 0 < threes < 1
+    assert float(metrics["top1"]) == 100 * threes
+
+
 @pytest.mark.parametrize("steps_per_epoch", [1, 41, 61, 97, 781, 80_000])
 def test_an_epoch_begins_with_its_first_step(steps_per_epoch):
     epochs = np.arange(300)
@@ -176,7 +252,9 @@ def test_an_epoch_begins_with_its_first_step(steps_per_epoch):
 
 @pytest.mark.usefixtures("fast_compile", "mirrored")
 def test_student_updates_its_batch_statistics_by_one_view_then_the_other(tiny):
-    run, state, inputs, step = prepare(tiny(views="both", method="cross_entropy"))
+    """And normalises both its own way, whatever its teacher's."""
+    teachers = steps.Normalization((0.1,), (0.7,))
+    run, state, inputs, step = prepare(tiny(views="both"), teacher_normalization=teachers)
     order = steps.epoch_order(RNG, 0, 64)
     images = augment.normalize(run.splits.train.images[order[:8]], *run.recipe.student_normalization)
     expected = {"params": state.params["student"], "batch_stats": state.batch_stats}

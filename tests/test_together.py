@@ -119,6 +119,14 @@ def test_students_of_one_program_end_as_runs_of_their_own(tiny, tmp_path, name):
         assert (together[i]["together"], alone["together"]) == (len(configs), 1)
 
 
+def test_students_of_one_program_draw_by_their_own_seeds(tiny, tmp_path):
+    """Their dropout, for what they begin with is the same."""
+    fields = {"student": "test_steps:Drawn", "method": "cross_entropy", "num_steps": 1, "data_seed": 0}
+    train.train_together([(tiny(**fields, seed=seed), tmp_path / f"{seed}") for seed in (0, 1)])
+    losses = [records(tmp_path / f"{seed}")[0]["loss"] for seed in (0, 1)]
+    assert losses[0] != losses[1]
+
+
 @same_bits
 @pytest.mark.slow
 def test_interrupted_at_different_steps_they_go_on(tiny, tmp_path):
@@ -193,6 +201,8 @@ def test_one_that_diverges_does_not_stop_the_others(tiny, tmp_path, capsys):
     train.train_and_evaluate(tiny(learning_rate=0.01), tmp_path / "alone")
     assert records(tmp_path / "sweep" / "learning_rate=0.01") == records(tmp_path / "alone")
     assert not records(tmp_path / "sweep" / "learning_rate=1e30")
+    kept = [path.name for path in (tmp_path / "sweep" / "learning_rate=1e30" / "checkpoints").iterdir()]
+    assert kept == ["1"]  # the last good one
     rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rows"]
     assert [row.get("diverged") for row in rows] == [None, True]
     assert "last" in rows[0]
@@ -239,6 +249,7 @@ def test_several_sweeps_in_one(tiny):
     for sweep in ("lam=1,5;", " "):
         with pytest.raises(ValueError, match=r"' ?' is not FIELD=VALUE,VALUE"):
             runs.expand(tiny(sweep=sweep))
+    assert [member.nesterov for _, member in runs.expand(tiny(sweep="nesterov=True,False"))] == [True, False]
 
 
 def test_spread_over_seeds():
@@ -256,11 +267,14 @@ def test_spread_over_seeds():
     )
     assert found["last"]["std"] == pytest.approx(8**0.5)
     text = runs.sweep_table(rows, [found])
+    assert re.search(r"method=kd,seed=0 +90\.00 +91\.00\n", text)  # the last first
     assert re.search(r"method=kd,seed=2 +diverged\n", text)
     assert "92.00 ± 2.83  93.00 ± 2.83  (2 seeds)" in text
     (found,) = runs.over_seeds([row("seed=0", 1.0, 1.0), row("seed=1", 1.0, 1.0)])
     assert runs.sweep_table([row("seed=0", 1.0, 1.0)], [found]).splitlines()[-1].startswith("all ")
     assert runs.over_seeds([row("lam=1", 1.0, 1.0), row("lam=2", 1.0, 1.0)]) == []
+    (found,) = runs.over_seeds([row(f"seed={i},data_seed={i}", 1.0, 1.0) for i in (0, 1)])
+    assert found["seeds"] == 2
 
 
 def test_a_swept_path_is_one_folders_name(tiny):

@@ -103,7 +103,7 @@ def test_run_leaves_what_it_promises(tiny, finished):
     assert {"commit", "versions", "device", "date", "command"} <= set(summary)
     lines = records(workdir)
     assert [line["step"] for line in lines if line["kind"] == "train"] == [3, 6, 9, 12]
-    assert [line["step"] for line in lines if line["kind"] == "test"] == [8, 12]
+    assert [(line["step"], line["epoch"]) for line in lines if line["kind"] == "test"] == [(8, 1), (12, 1.5)]
     assert {"loss", "label", "distill", "top1", "learning_rate"} <= set(lines[0])
 
 
@@ -127,6 +127,8 @@ def test_evaluation_agrees_to_the_digit(tiny, finished, capsys):
         assert {key: results[name][key] for key in ("step", "top1", "top5")} == {
             key: summary[name][key] for key in ("step", "top1", "top5")
         }
+        metadata = checkpoint.read_metadata(workdir / name)
+        assert {key: metadata[key] for key in ("step", "top1", "top5")}.items() <= summary[name].items()
     assert "top-1" in capsys.readouterr().out
 
 
@@ -137,6 +139,17 @@ def test_same_seed_same_bits_other_seed_others(tiny, finished, tmp_path):
     assert records(workdir) == records(tmp_path / "again")
     train.train_and_evaluate(tiny(seed=1), tmp_path / "other")
     assert records(workdir) != records(tmp_path / "other")
+
+
+def test_seed_is_of_what_a_student_begins_with_and_data_seed_of_its_images(tiny, tmp_path):
+    begun, losses = [], []
+    for seed, data_seed in ((0, 0), (1, 0), (0, 1)):
+        fields = {"seed": seed, "data_seed": data_seed, "method": "cross_entropy", "learning_rate": 0.0, "num_steps": 1}
+        train.train_and_evaluate(tiny(**fields), tmp_path / f"{seed}{data_seed}")
+        begun.append(network(tmp_path / f"{seed}{data_seed}")["params"]["conv1"]["kernel"].tolist())
+        losses.append(records(tmp_path / f"{seed}{data_seed}")[0]["loss"])
+    assert begun[0] == begun[2] != begun[1]
+    assert len({*losses}) == 3
 
 
 SCRIPT = """
@@ -204,6 +217,18 @@ def test_signal_during_the_last_test_ends_the_command(tiny, tmp_path, monkeypatc
     assert "holds this run, finished" in capsys.readouterr().out
 
 
+def test_second_signal_is_obeyed_at_once_and_after_a_run_the_first():
+    before = signal.getsignal(signal.SIGINT)
+    with train._signals() as received:
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    with train._signals():
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_sigterm_saves_first(tiny, finished, tmp_path, monkeypatch, capsys):
     workdir, _ = finished(tiny())
     real, calls = steps.accumulate, []
@@ -215,14 +240,29 @@ def test_sigterm_saves_first(tiny, finished, tmp_path, monkeypatch, capsys):
         return real(totals, new)
 
     monkeypatch.setattr(steps, "accumulate", accumulate)
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: float(len(calls))))  # a second a step
     with pytest.raises(SystemExit) as stop:
         train.train_and_evaluate(tiny(), tmp_path / "run")
     assert stop.value.code == 128 + signal.SIGTERM
     assert "saved at step 5" in capsys.readouterr().out
-    train.train_and_evaluate(tiny(), tmp_path / "run")
+    summary = train.train_and_evaluate(tiny(), tmp_path / "run")
     assert len(calls) == 12  # none done twice
     assert_same(network(workdir), network(tmp_path / "run"))
     assert records(workdir) == records(tmp_path / "run")
+    # In batches of 8; each time, the first step compiles and does not count: of the log at step 6, all that there was.
+    assert (summary["seconds"], summary["images_per_second"]) == (4 + 6, 8)
+    assert re.search(r"train step 9/12 .* \| 8 images/s, 0:00:03 left", capsys.readouterr().out)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images_per_second"] for line in lines if line["kind"] == "train"] == [8, 0, 8, 8]
+
+
+def test_checkpoints_are_so_many_seconds_apart(tiny, tmp_path, monkeypatch):
+    real, calls, saved = steps.accumulate, [], []
+    monkeypatch.setattr(steps, "accumulate", lambda *given: calls.append(1) or real(*given))
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: float(len(calls))))  # a second a step
+    monkeypatch.setattr(train.Student, "save", lambda self, step, *_: saved.append(step))
+    train.train_and_evaluate(tiny(checkpoint_seconds=5.0), tmp_path / "run")
+    assert saved == [5, 10, 12]
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "lost"])
@@ -295,7 +335,7 @@ def test_loss_that_is_not_finite_stops_and_names_the_step(tiny, tmp_path):
 
 def test_tested_networks_are_written_with_the_next_checkpoint(tiny, tmp_path, monkeypatch):
     """Each as it was when it was tested."""
-    run, there, accuracies = tmp_path / "run", [], iter((50.0, 40.0, 30.0))
+    run, there, accuracies = tmp_path / "run", [], iter((50.0, 50.0, 30.0))
     save = train.Student.save
 
     def look(student, *args):
@@ -307,9 +347,19 @@ def test_tested_networks_are_written_with_the_next_checkpoint(tiny, tmp_path, mo
     train.train_and_evaluate(tiny(num_steps=16), run)
     assert there == [False]
     found = {name: checkpoint.read_metadata(run / name)["step"] for name in ("best", "last")}
-    assert found == {"best": 8, "last": 16}
+    assert found == {"best": 8, "last": 16}  # the best is the first of equals
     train.train_and_evaluate(tiny(num_steps=8), tmp_path / "half")
     assert_same(network(run, "best"), network(tmp_path / "half"))
+
+
+def test_best_before_a_run_was_stopped_stays_the_best(tiny, tmp_path, monkeypatch, stopped):
+    accuracies = iter((50.0, 40.0))  # of steps 8 and 12
+    monkeypatch.setattr(steps, "evaluate", lambda *_: {"top1": next(accuracies), "top5": 90.0, "loss": 1.0})
+    config = tiny(checkpoint_seconds=0.0)
+    stopped(config, tmp_path / "run", 9)
+    summary = train.train_and_evaluate(config, tmp_path / "run")
+    assert [(summary[name]["step"], summary[name]["top1"]) for name in ("best", "last")] == [(8, 50.0), (12, 40.0)]
+    assert checkpoint.read_metadata(tmp_path / "run" / "best")["step"] == 8
 
 
 def diverging(learning_rate):
@@ -430,6 +480,17 @@ def test_workdir_of_another_config_is_refused(tiny, finished):
     with pytest.raises(ValueError, match=r"config.temperature: 4.0 there, 2.0 here"):
         train.train_and_evaluate(tiny(temperature=2.0), workdir)
     assert (workdir / "config.json").read_text() == before
+
+
+def test_run_goes_on_with_other_values_of_a_few_fields_alone(tiny, tmp_path):
+    config = experiment.build(tiny()).config
+    run_folder.claim(tmp_path, config)
+    free = {"data_dir", "teacher_checkpoint", "student_checkpoint", "stream", "checkpoint_seconds"}
+    free |= {"log_every", "eval_batch_size", "steps_per_call"}
+    for name in config.keys() - free:
+        with pytest.raises(ValueError, match=rf"config\.{name}: .* there, 'other' here"):
+            run_folder.claim(tmp_path, config | {name: "other"})
+    run_folder.claim(tmp_path, config | dict.fromkeys(free, "other"))
 
 
 def test_workdir_that_holds_something_else_is_refused(tiny, finished, small_teacher, tmp_path):
@@ -706,8 +767,8 @@ def test_field_that_is_none_is_named(tiny, name):
         experiment.build(config)
 
 
-def test_a_network_trained_in_bfloat16_has_the_accuracy_that_its_run_says(tiny, tmp_path):
-    config = tiny(dtype="bfloat16")
+def test_a_network_trained_in_bfloat16_has_the_accuracy_that_its_run_says(resnets, tmp_path):
+    config = resnets(dtype="bfloat16", num_steps=2)  # of networks that take a dtype
     told = train.train_and_evaluate(config, tmp_path)["last"]
     found = evaluate.evaluate(config, tmp_path / "last")
     assert [found[name] for name in ("top1", "top5", "loss")] == [told[name] for name in ("top1", "top5", "loss")]
@@ -864,6 +925,15 @@ def test_damaged_teacher(tiny, small_teacher, tmp_path, damage):
         (path / "metadata.json").write_text('{"network": ')
     with pytest.raises(ValueError, match=r"config.teacher_checkpoint.*damaged"):
         experiment.build(tiny(teacher_checkpoint=str(path)))
+
+
+def test_network_saved_in_half_precision_is_read_as_float32(small_teacher, tmp_path):
+    variables, metadata = checkpoint.load_network(small_teacher)
+    half = jax.tree.map(lambda x: x.astype(np.float16), variables)
+    checkpoint.save_network(tmp_path, half, metadata)
+    found, _ = checkpoint.load_network(tmp_path)
+    assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype(np.float32)}
+    assert_same(found, half)
 
 
 def test_traces_of_closed_loops_alone_are_hushed(monkeypatch):
@@ -1062,7 +1132,7 @@ def test_a_wrong_config_file_is_one_sentence(tmp_path, text, message):
     assert message in result.stderr
 
 
-def test_damaged_json_of_a_run_is_named(tmp_path):
+def test_damaged_json_of_a_run_is_named(tmp_path, monkeypatch):
     run_folder.claim(tmp_path, {"lam": 5.0})
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json is damaged \(.*put it back"):
@@ -1073,6 +1143,16 @@ def test_damaged_json_of_a_run_is_named(tmp_path):
     (tmp_path / "metadata.json").write_text("{}")
     with pytest.raises(ValueError, match=r"metadata\.json lacks mean, network, num_classes, std; convert or"):
         checkpoint.load_network(tmp_path)
+
+    def cut(path, text):  # as a kill in the midst of it
+        path.write_bytes(text.encode()[:4])
+        raise KeyboardInterrupt
+
+    _files.write_json(tmp_path / "sound.json", {"lam": 5.0})
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(KeyboardInterrupt):
+        _files.write_json(tmp_path / "sound.json", {"lam": 6.0})
+    assert _files.read_json(tmp_path / "sound.json") == {"lam": 5.0}
 
 
 def test_the_default_config_is_found_from_any_folder(tmp_path):
