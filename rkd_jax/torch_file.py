@@ -201,7 +201,7 @@ def _load_zip(file: BinaryIO) -> Any:
     archive = zipfile.ZipFile(file)
     roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise _Refused("is a zip file, but not one of torch.save: it holds no data.pkl")
+        raise _Refused(f"is a zip file, but not one of torch.save: it holds {len(roots) or 'no'} data.pkl")
     if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
         raise _Refused("is a compressed zip file, which torch.save never writes; get the original")
     if f"{roots[0]}byteorder" in archive.namelist() and archive.read(f"{roots[0]}byteorder") != b"little":

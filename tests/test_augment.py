@@ -255,6 +255,14 @@ def test_weak_rotation_is_pils():
     assert np.histogram(levels, 4, (0, augment.LEVELS))[0].min() > 25
 
 
+def test_weak_view_crops_and_flips_what_it_has_rotated():
+    """What rotation leaves of the corners is black in the padding's, too."""
+    batch, key = photographs(16, 24, 24), jax.random.key(0)
+    rotated = weak_view(key, batch, padding=0, flip=False, rotation=20.0)
+    moved = weak_view(key, rotated, padding=3)
+    np.testing.assert_array_equal(weak_view(key, batch, padding=3, rotation=20.0), moved)
+
+
 def test_operations_are_drawn_uniformly_with_replacement():
     batch, count = 28_000, len(augment.OPERATIONS)
     operation, level, (side, row, column) = jax.tree.map(
@@ -286,6 +294,14 @@ def test_view():
         augment.view("storng", key, batch)
     with pytest.raises(ValueError, match="images have 4 channels"):
         strong_view(key, jnp.zeros((2, 8, 8, 4), jnp.uint8))
+
+
+def test_strong_view_hands_its_options_to_the_weak_one(monkeypatch):
+    given, options = {}, {"padding": 8, "flip": False, "rotation": 5.0}
+    monkeypatch.setattr(augment, "weak", lambda rng, images, **options: given.update(options) or images)
+    view = functools.partial(augment.view, "strong", **options)
+    jax.eval_shape(view, jax.random.key(0), jnp.zeros((2, 8, 8, 3), jnp.uint8))
+    assert given == options
 
 
 def by_two(rng, images):  # views of one's own

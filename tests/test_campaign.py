@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -45,6 +46,10 @@ def test_parts_hold_the_files_and_are_smaller(files, tmp_path, monkeypatch):
     pack.unpack(tmp_path / "state", tmp_path / "to")
     for name, path in files.items():
         assert (tmp_path / "to" / name).read_bytes() == path.read_bytes()
+    monkeypatch.setattr(pack, "PART", 20_000)
+    pack.pack(files, tmp_path / "state")
+    assert (tmp_path / "state" / "part-10").exists()  # which is not the one after the first
+    pack.unpack(tmp_path / "state", tmp_path / "to")
 
 
 def test_bad_parts_are_named(files, tmp_path, monkeypatch):
@@ -62,6 +67,17 @@ def test_bad_parts_are_named(files, tmp_path, monkeypatch):
     (tmp_path / "state" / "part-3").unlink()
     with pytest.raises(ValueError, match="3 of 4 parts"):
         pack.unpack(tmp_path / "state", tmp_path / "to")
+    weights = files["a/weights"]
+    weights.write_bytes(weights.read_bytes()[::-1])
+    pack.pack(files, tmp_path / "other")
+    for name in ("part-1", "part-3"):
+        shutil.copy(tmp_path / "other" / name, tmp_path / "state")
+    with pytest.raises(ValueError, match="part-1 is of another slice than"):
+        pack.unpack(tmp_path / "state", tmp_path / "to")
+    pack.pack({"../outside": weights}, tmp_path / "state")
+    with pytest.raises(ValueError, match=r"names a file outside of .*: \.\./outside"):
+        pack.unpack(tmp_path / "state", tmp_path / "to")
+    assert not (tmp_path / "outside").exists()
 
 
 def test_state_of_the_largest_run_fits():
@@ -214,6 +230,10 @@ def test_run_that_diverged_leaves_its_curve(begun, capsys):
     assert "failed: teacher: teacher: step 5 is not finite" in text
     assert "skipped: students" in text
     assert not (out / "work" / "teacher").exists()
+    shutil.rmtree(out / "state")
+    made = campaign.Campaign(out, "smoke", 9, "", None, 1 << 26)
+    made._begin(campaign.items("smoke")[1])
+    assert pack.state(out / "state")  # at once, and not at the slice's end alone
     assert (out / "results" / "curves" / "teacher" / "resnet8" / "teacher.jsonl").read_text() == '{"step": 6}\n'
 
 
@@ -225,6 +245,78 @@ def test_slice_that_a_signal_cuts_off_says_so(begun, monkeypatch):
     assert campaign.main([*arguments, "9"]) is True
     assert json.loads((out / "campaign.json").read_text())["items"].keys() == {"bench"}
     assert (out / "state" / "part-0").exists()
+
+
+def test_slice_ends_when_its_minutes_are_over(begun, monkeypatch):
+    monkeypatch.setattr(run, "execute", lambda *_, **__: time.sleep(5) or {})
+    flags = ["--out", str(begun[0]), "--scale", "smoke", "--minutes", "0.01", "--items", "teacher"]
+    assert campaign.main(flags) is True
+
+
+def test_no_run_is_begun_that_would_compile_and_stop(begun, monkeypatch, capsys):
+    """Of 84 seconds, 30 are for the end, and no run begins with less than 60."""
+    monkeypatch.setitem(campaign.SCALES, "smoke", campaign.Scale("tiny", margin=30.0, least=60.0))
+    monkeypatch.setattr(run, "execute", lambda *_, **__: pytest.fail("it began"))
+    go(begun[0], minutes=1.4)
+    assert "next: teacher, time unknown" in capsys.readouterr().out
+    seen = []
+
+    def execute(group, *_, together):
+        seen.extend(group)
+        made._end -= 60 * 8  # that they took
+        return {}
+
+    monkeypatch.setattr(run, "execute", execute)
+    made = campaign.Campaign(begun[0], "smoke", 9, "", None, 1 << 26)
+    two = tuple(cells.Cell(campaign.PAIR, "cross_entropy", seed) for seed in range(2))  # not in one program
+    assert not made._begin(campaign.Item("two", two))
+    assert len(seen) == 1
+
+
+def test_signal_waits_for_what_must_not_be_done_by_half():
+    done = []
+
+    def work():
+        with campaign._uninterrupted():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("all")
+
+    with pytest.raises(SystemExit):
+        work()
+    assert done == ["all"]
+
+
+def test_item_whose_teacher_comes_later_is_done_then(begun, small_teacher, tmp_path):
+    out, _ = begun
+    flags = ["--out", str(out), "--scale", "smoke", "--minutes", "9", "--items", "given"]
+    campaign.main(flags)
+    assert json.loads((out / "campaign.json").read_text())["items"]["given"]["state"] == "skipped"
+    (tmp_path / "teachers").mkdir()
+    (tmp_path / "teachers" / "resnet20").symlink_to(small_teacher)
+    campaign.main([*flags, "--teachers", str(tmp_path / "teachers")])
+    assert json.loads((out / "campaign.json").read_text())["items"]["given"]["state"] == "done"
+
+
+def test_benchmark_does_not_share_the_device_with_this_process(begun, monkeypatch, capsys):
+    listed = campaign.items("smoke")
+    monkeypatch.setattr(campaign, "items", lambda scale: [listed[1], listed[0]])  # a run, and a benchmark
+    monkeypatch.setattr(campaign.Campaign, "_benchmark", lambda *_: pytest.fail("it began"))
+    go(begun[0])
+    assert "bench is left for the next slice: it takes the device alone" in capsys.readouterr().out
+
+
+def test_state_has_the_newest_checkpoint_of_runs_under_way_and_half_of_their_best(small_teacher, tmp_path):
+    folder = tmp_path / "work" / "teacher" / "a"
+    for step in (7, 10):
+        (folder / "checkpoints" / str(step)).mkdir(parents=True)
+        (folder / "checkpoints" / str(step) / "array").write_text("numbers")
+    (folder / "config.json").write_text("{}")
+    shutil.copytree(small_teacher, folder / "best")
+    made = campaign.Campaign(tmp_path, "smoke", 1, "", None, 1 << 26)
+    assert [name for name in made.files() if "checkpoints" in name] == ["work/teacher/a/checkpoints/10/array"]
+    assert checkpoint.read_metadata(folder / "best")["kernels"] == "float16"
+    (folder / "summary.json").write_text("{}")
+    assert not [name for name in made.files() if "checkpoints" in name]
 
 
 @pytest.mark.parametrize("minutes", [0, 9])
@@ -324,6 +416,17 @@ def test_estimate_where_all_results_are_there(short, tmp_path, monkeypatch):
     assert made.estimate(campaign.items("smoke")[1]) == "about 0:00:00 of training"
 
 
+def test_estimate_is_of_the_steps_that_are_left_at_the_last_speed(short, tmp_path):
+    campaign._random_data(tmp_path / "data")
+    made = campaign.Campaign(tmp_path, "smoke", 1, str(tmp_path / "data"), None, 1 << 26)
+    item = campaign.items("smoke")[1]
+    (planned,) = made.plan(item)
+    for step in (7, 10):
+        (planned.folder / "checkpoints" / str(step)).mkdir(parents=True)
+    (planned.folder / "metrics.jsonl").write_text('{"images_per_second": 1.0}\n{"images_per_second": 4.0}\n')
+    assert made.estimate(item) == "about 0:00:04 from step 10 of 12 of training"  # two steps of eight images
+
+
 def test_benchmark_has_a_whole_slice_before_it_fails(short, tmp_path, monkeypatch, capsys):
     item = campaign.Item("slow", command=("benchmarks.slow",), seconds=300)
     monkeypatch.setattr(campaign, "items", lambda scale: [item])
@@ -353,6 +456,8 @@ def test_campaign_of_another_scale_or_dtype_is_an_error(tmp_path):
         go(tmp_path)
     with pytest.raises(SystemExit, match=r"--dtype=float32.*holds a campaign of bfloat16"):
         campaign.main(["--out", str(tmp_path), "--dtype", "float32", "--minutes", "0"])
+    made = campaign.Campaign(tmp_path, "full", 1, "", None, 1 << 26)  # on a CPU, and goes on as it began
+    assert {each.config.dtype for item in made.open_items() for each in made.plan(item)} == {"bfloat16"}
 
 
 @pytest.mark.parametrize(

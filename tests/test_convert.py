@@ -1,6 +1,7 @@
 """PyTorch files read and written: every layout, both formats, and what is wrong with the bad ones."""
 
 import collections
+import hashlib
 import json
 import pickle
 import tarfile
@@ -244,9 +245,9 @@ def forged(path, program, compression=zipfile.ZIP_STORED):
     return path
 
 
-def forged_tensor(offset, size, stride):
+def forged_tensor(offset, size, stride, count=4):
     plain, name, row = torch_file._plain, torch_file._global, torch_file._tuple
-    storage = row(plain("storage"), name("torch", "FloatStorage"), plain("0"), plain("cpu"), plain(4))
+    storage = row(plain("storage"), name("torch", "FloatStorage"), plain("0"), plain("cpu"), plain(count))
     arguments = row(storage + pickle.BINPERSID, plain(offset), row(plain(size)), row(plain(stride)))
     return name("torch._utils", "_rebuild_tensor_v2") + arguments + pickle.REDUCE
 
@@ -277,6 +278,7 @@ def test_a_shape_does_not_grow_after_its_check(tmp_path):
         (forged_tensor(-1, 2, 1), "a tensor of shape"),
         (forged_tensor(3, 2, -1), "a tensor of shape"),
         (forged_tensor(0, 2**30, 0), "a tensor of shape"),
+        (forged_tensor(0, 3, 1, count=5), "storage 0 has 4 numbers in place of 5"),
         (forged_tensor(0, 4, 1) + b"}b", "sets the state of a Tensor"),
         (torch_file._global("torch._utils", "_Tensor"), "asks for torch._utils._Tensor"),
         (torch_file._global("torch._utils", "_rebuild_tensor_v2") + b"}b", "sets the state of a Maker"),
@@ -294,6 +296,10 @@ def test_refuses_a_forged_pickle(tmp_path, program, complaint):
 def test_refuses_other_zip_files(tmp_path):
     with pytest.raises(ValueError, match="is a compressed zip file"):
         torch_file.load(forged(tmp_path / "x.pth", b"}", zipfile.ZIP_DEFLATED))
+    with zipfile.ZipFile(forged(tmp_path / "big.pth", forged_tensor(0, 4, 1)), "a") as archive:
+        archive.writestr("archive/byteorder", "big")
+    with pytest.raises(ValueError, match="was written on a big-endian machine"):
+        torch_file.load(tmp_path / "big.pth")
     with zipfile.ZipFile(tmp_path / "y.zip", "w") as archive:
         archive.writestr("readme", "")
     with pytest.raises(ValueError, match="but not one of torch"):
@@ -490,13 +496,18 @@ def test_command_names_what_a_file_of_two_holds(tmp_path, capsys):
         message = refusal(capsys, *flags, "--checkpoint", path, "--output", tmp_path / "folder")
         assert "two.pth" in message
         assert "holds resnet8 with 100 classes" in message
+    flags = ["--model", "resnet8", "--prefix", "teacher.", "--checkpoint", path, "--output", tmp_path / "folder"]
+    assert "resnet8, 100 classes" in command(capsys, *flags)
 
 
 def test_command_checks_the_checksum_in_a_files_name(tmp_path, capsys):
     path = save(state_dict("resnet8", 100), tmp_path / "cifar100_resnet8-00000000.pt")
-    assert "its name says 00000000; get it again" in refusal(
-        capsys, "--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "folder"
-    )
+    flags = ["--model", "resnet8", "--output", tmp_path / "folder", "--checkpoint"]
+    assert "its name says 00000000; get it again" in refusal(capsys, *flags, path)
+    right = f"cifar100_resnet8-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pt"
+    assert "normalisation (pytorch-cifar-models): mean" in command(capsys, *flags, path.rename(tmp_path / right))
+    metadata = checkpoint.read_metadata(tmp_path / "folder")
+    assert (metadata["std"], metadata["image_size"]) == ([0.2673, 0.2564, 0.2761], 32)
 
 
 def test_command_takes_the_64x64_form_there_and_back(tmp_path, capsys):

@@ -45,6 +45,7 @@ def network(tmp_path_factory):
         "image_size": 16,
         "mean": [0.5, 0.4, 0.3],
         "std": [0.2, 0.3, 0.25],
+        "class_names": list("abcdefghijkl"),
     }
     checkpoint.save_network(path, variables, facts)
     return path
@@ -73,6 +74,8 @@ def logits_of(path, images):
         restored(images[0])
     with pytest.raises(ValueError, match=r"image_shape=\(16, 16\); give height, width and channels"):
         evaluate.restore(path, images.shape[1:3])
+    with pytest.raises(ValueError, match=r"does not fit the network on images of \(16, 16, 4\): "):
+        evaluate.restore(path, (16, 16, 4))
     return np.asarray(jax.jit(restored)(images).logits), restored.normalization
 
 
@@ -88,6 +91,9 @@ def test_artefact_runs_without_this_package(network, images, tmp_path, capsys):
 
     record = json.loads((tmp_path / "network.json").read_text())
     assert record["input"]["shape"] == ["batch", 16, 16, 3]
+    assert (record["input"]["mean"], record["input"]["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.3, 0.25])
+    assert (record["input"]["dtype"], record["input"]["values"]) == ("uint8", "0 to 255")
+    assert record["class_names"] == list("abcdefghijkl")
     assert record["output"]["shape"] == ["batch", 12]
     assert record["fingerprint"] == checkpoint.read_metadata(network)["fingerprint"]
     for name, file in record["files"].items():
@@ -117,7 +123,9 @@ def test_fixed_batch_of_normalised_images(network, images, tmp_path):
     expected, (mean, std) = logits_of(network, images)
     found = exported.call(((images.astype(np.float32) / 255 - mean) / std).astype(np.float32))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    assert json.loads((tmp_path / "network.json").read_text())["input"]["shape"] == [5, 16, 16, 3]
+    given = json.loads((tmp_path / "network.json").read_text())["input"]
+    assert (given["shape"], given["dtype"]) == ([5, 16, 16, 3], "float32")
+    assert given["values"].startswith("(images / 255 - mean) / std")
     with pytest.raises(ValueError, match="shape"):
         exported.call(images[:1].astype(np.float32))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rkd_jax import convert, experiment, models, runs, train
+from rkd_jax import _own, convert, experiment, models, runs, train
 from rkd_jax.models import __main__ as table
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -178,6 +178,11 @@ def test_its_outputs_are_all_there(digits):
     assert (outputs.features[0].shape, outputs.embedding.shape) == ((6, 8, 8, CHANNELS), (6, CHANNELS))
 
 
+def test_layers_of_a_list_have_the_names_that_they_have_on_disk(digits):
+    variables = jax.eval_shape(models.create("test_nnx:Listed", 10).init, jax.random.key(0), digits)
+    assert variables["params"]["layers"].keys() == {"0", "1"}
+
+
 def test_initialisations_differ_by_their_key(digits):
     model = models.create("test_nnx:dropping", 10)
     kernels = [model.init(jax.random.key(i), digits)["params"]["stem"]["kernel"] for i in (0, 0, 1)]
@@ -202,6 +207,8 @@ def test_what_is_drawn_is_of_the_steps_key(digits, name):
 def test_class_that_passes_its_rngs_on(digits):
     model = models.create("test_nnx:Passing", 10)
     assert model.apply(experiment.untrained(model, digits.shape[1:]), digits).logits.shape == (6, 10)
+    assert "dropout" in _own.parameters(Passing)
+    assert _own.parameters(Listed) == {"self", "num_classes", "rngs"}  # which passes nothing on
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ def test_schedule_is_the_papers():
 
 def test_epochs_that_fall_into_one_step_both_count():
     np.testing.assert_allclose(rates("step", (9, 10, 11), decay_epochs=(1.0, 1.02, 1.1)), [0.025, 2.5e-4, 2.5e-5])
+    assert 4.35 * 100 < 435  # as floats are: rounded, not cut off
+    np.testing.assert_allclose(rates("step", (434, 435), decay_epochs=(4.35,), steps_per_epoch=100), [0.025, 2.5e-3])
 
 
 def test_cosine_is_pytorchs():
@@ -43,8 +45,8 @@ def test_cosine_is_pytorchs():
 @pytest.mark.parametrize("name", optim.SCHEDULES)
 def test_warm_up_rises_to_the_schedule(name):
     plain = np.array(rates(name, range(30), decay_epochs=(1,)))
-    share = np.minimum(np.arange(1, 31) / 20, 1)
-    np.testing.assert_allclose(rates(name, range(30), decay_epochs=(1,), warmup_epochs=2), plain * share, rtol=1e-6)
+    share = np.minimum(np.arange(1, 31) / 15, 1)
+    np.testing.assert_allclose(rates(name, range(30), decay_epochs=(1,), warmup_epochs=1.5), plain * share, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

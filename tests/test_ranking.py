@@ -243,6 +243,8 @@ def test_directions(ranking):
     x = np.float32([3.0, 1.0, 2.0])
     np.testing.assert_allclose(ranking.soft_rank(x, "ASCENDING", 1e-3), [3, 1, 2])
     np.testing.assert_allclose(ranking.soft_rank(x, "DESCENDING", 1e-3), [1, 3, 2])
+    np.testing.assert_allclose(ranking.soft_rank(x, regularization_strength=1e-3), [3, 1, 2])
+    np.testing.assert_allclose(ranking.soft_sort(x, regularization_strength=1e-3), [1, 2, 3])
     np.testing.assert_allclose(ranking.soft_sort(x, "ASCENDING", 1e-3), [1, 2, 3])
     np.testing.assert_allclose(ranking.soft_sort(x, "DESCENDING", 1e-3), [3, 2, 1])
     np.testing.assert_allclose(ranking.soft_sort(x, "ASCENDING", 1e6), [2, 2, 2], atol=1e-5)

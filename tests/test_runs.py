@@ -13,7 +13,7 @@ from PIL import Image
 from test_methods import MINE
 
 from configs import cifar100_res56_res20
-from rkd_jax import checkpoint, data, evaluate, experiment, run_folder, runs, steps, train
+from rkd_jax import checkpoint, data, evaluate, experiment, optim, run_folder, runs, steps, train
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -264,19 +264,19 @@ def test_weights_to_begin_with_are_the_last_students_alone(resnets):
     assert [link.student_checkpoint for link in runs.chain(config)] == ["", "somewhere"]
 
 
-def test_runs_of_a_comparison_share_their_seed_and_the_students_alone_what_they_begin_with(
+def test_runs_of_a_comparison_share_their_seed_and_views_and_the_students_alone_what_they_begin_with(
     tiny, small_teacher, tmp_path, monkeypatch
 ):
     begun = []
 
     def stand_in(config, workdir):
-        begun.append((workdir.name, config.seed, config.student_checkpoint))
+        begun.append((workdir.name, config.seed, config.views, config.student_checkpoint))
         return {"parameters": 1, "last": {"top1": 1.0}}
 
     monkeypatch.setattr(train, "train_and_evaluate", stand_in)
     given = str(small_teacher)
-    runs.compare(tiny(teacher_checkpoint="", student_checkpoint=given, seed=3), tmp_path)
-    assert begun == [("teacher", 3, ""), ("alone", 3, given), ("distilled", 3, given)]
+    runs.compare(tiny(teacher_checkpoint="", student_checkpoint=given, seed=3, views="both"), tmp_path)
+    assert begun == [("teacher", 3, "both", ""), ("alone", 3, "both", given), ("distilled", 3, "both", given)]
 
 
 @pytest.mark.slow
@@ -385,7 +385,7 @@ def test_smoke_of_a_folder_takes_a_few_of_its_images(tiny, tmp_path, capsys):
     assert "random images" not in text
 
 
-def test_fields_of_the_step_reach_it(tiny, resnets):
+def test_fields_of_the_step_reach_it(tiny, resnets, monkeypatch):
     run = experiment.build(tiny(crop_padding=2, flip=True, rotation=5.0, fold_teacher=True))
     assert run.recipe.augmentation == {"padding": 2, "flip": True, "rotation": 5.0}
     assert not run.teacher_variables["batch_stats"]
@@ -395,6 +395,11 @@ def test_fields_of_the_step_reach_it(tiny, resnets):
     assert experiment.build(tiny(eval_epochs=0.01)).loop.eval_every == 1
     half = experiment.build(resnets(dtype="bfloat16"))
     assert half.student.dtype == half.teacher.dtype == "bfloat16"
+    given, options = {}, {"momentum": 0.5, "nesterov": True, "weight_decay": 0.25}
+    create = optim.create_optimizer
+    monkeypatch.setattr(optim, "create_optimizer", lambda *args, **kw: given.update(kw) or create(*args, **kw))
+    experiment.build(tiny(**options))
+    assert given == options
 
 
 def test_folded_teacher_gives_the_same_losses(tiny, tmp_path):

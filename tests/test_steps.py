@@ -112,6 +112,9 @@ def test_a_gpus_program_has_nothing_of_a_cpus(resnets, monkeypatch):
     assert run.learner.views_in_one_batch
     own = experiment.build(resnets(student="small_network:create"))
     assert not own.learner.views_in_one_batch  # it may not bear that
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: 2)
+        assert not run.learner.views_in_one_batch  # they would exchange activations
     assert not run.teacher_variables["batch_stats"]  # folded
     program = jax.jit(functools.partial(step, count=2))
     text = export.export(program, platforms=("cuda",))(state, inputs, steps.epoch_order(RNG, 0, 64)).mlir_module()

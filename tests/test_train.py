@@ -269,9 +269,10 @@ def test_checkpoints_are_so_many_seconds_apart(tiny, tmp_path, monkeypatch):
 def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, damage, caplog):
     tree = {"a": np.random.default_rng(0).normal(size=50_000), "b": (np.int32(1), {})}
     states = checkpoint.Checkpoints(tmp_path / "checkpoints")
-    for step in (1, 2):
+    for step in (0, 1, 2):
         states.save(step, tree | {"b": (np.int32(step), {})}, {"note": step})
     states.close()
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "2"}
     files = [path for path in (tmp_path / "checkpoints" / "2" / "state").rglob("*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
@@ -279,12 +280,18 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, damage
     largest.unlink()
     if damage != "lost":
         largest.write_bytes(content[:100] if damage == "cut" else content)
+    (tmp_path / "damaged-2" / "before").mkdir(parents=True)  # it is not for the first time
     states = checkpoint.Checkpoints(tmp_path / "checkpoints")
     assert states.restore(tree, 2) is None
+    assert "before" not in {path.name for path in (tmp_path / "damaged-2").iterdir()}
     state, progress = states.restore(tree, 1)
     assert (progress, state["b"][0]) == ({"note": 1}, 1)
     assert f"checkpoint {tmp_path / 'checkpoints' / '2'} is damaged" in caplog.text
     states.save(2, tree, {"note": "again"})  # its place is free
+    states.close()
+    states = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    states.drop_after(1)
+    assert states.steps() == {1}
     states.close()
 
 
@@ -457,10 +464,15 @@ def test_commit_of_another_project_is_none_of_ours(tmp_path, monkeypatch):
     assert re.fullmatch("[0-9a-f]{40}[+]", provenance._commit())
 
 
-def test_command_of_a_prompt_is_python(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [""])
+def test_record_has_the_command_the_devices_and_xlas_flags(monkeypatch):
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    assert provenance.record()["command"] == "python"
+    monkeypatch.setenv("XLA_FLAGS", "--fast")
+    for given, command in (([""], "python"), (["main.py", "--seed=1", "a b"], "python main.py --seed=1 'a b'")):
+        monkeypatch.setattr(sys, "argv", given)
+        record = provenance.record()
+        assert (record["command"], record["XLA_FLAGS"]) == (command, "--fast")
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert provenance.record()["device"].startswith("2 x ")
 
 
 def test_what_a_short_run_leaves_out_of_its_schedule_is_said(tiny, tmp_path, capsys):
@@ -577,6 +589,14 @@ def test_images_that_change_beneath_a_run_are_noticed(tiny, tmp_path):
     for smoke in (False, True):
         with pytest.raises(ValueError, match=r"config\.dataset='folder:.*' has images to test on alone; add train/"):
             experiment.build(tiny(**fields, smoke=smoke))
+
+
+def test_images_that_are_not_square_are_named(tiny, monkeypatch):
+    digits = data.load("digits", num_train=64, num_test=40)
+    wide = (split._replace(images=split.images[:, 1:7]) for split in (digits.train, digits.test))
+    monkeypatch.setattr(data, "load", lambda *_: digits._replace(**dict(zip(("train", "test"), wide, strict=True))))
+    with pytest.raises(ValueError, match=r"images of 6 x 8 pixels, and .* square ones; set config\.image_size=6, say"):
+        experiment.build(tiny())
 
 
 def test_a_state_of_other_arrays_is_no_damaged_one(tiny, tmp_path, monkeypatch):
@@ -721,6 +741,7 @@ def test_views_are_joined(tiny, given, views):
         ({"momentum": -0.9}, "config.momentum=-0.9 is too low"),
         ({"momentum": 1.0}, "config.momentum=1.0 is too high; take 0.9999 or less"),
         ({"decay_factor": -0.1}, "config.decay_factor=-0.1 is too low"),
+        ({"decay_factor": 10.0}, "config.decay_factor=10.0 is too high; take 1 or less"),
         ({"seed": -1}, "config.seed=-1 is too low"),
         ({"num_steps": 2**31}, "config.num_steps=2147483648 is too high; take 2147483647 or less"),
         ({"num_epochs": 2**30}, "config.num_epochs=1073741824 is too high"),
@@ -791,6 +812,8 @@ def test_what_the_numbers_come_from_is_told_apart(tiny, tmp_path):
     labels[3] += 1
     splits = run.splits._replace(train=run.splits.train._replace(labels=labels))
     assert run.config["data_fingerprint"] == experiment.data_fingerprint(run.splits)
+    tested = run.splits._replace(test=run.splits.test._replace(images=255 - run.splits.test.images))
+    assert experiment.data_fingerprint(tested) != run.config["data_fingerprint"]
     other = run._replace(config=run.config | {"data_fingerprint": experiment.data_fingerprint(splits)})
     (changed,) = (name for name, value in train._computed([other], [tmp_path]).items() if facts[name] != value)
     assert changed == "the digest of the images of config.dataset"
@@ -934,6 +957,8 @@ def test_network_saved_in_half_precision_is_read_as_float32(small_teacher, tmp_p
     found, _ = checkpoint.load_network(tmp_path)
     assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype(np.float32)}
     assert_same(found, half)
+    with pytest.raises(ValueError, match="metadata of a network lacks mean, std"):
+        checkpoint.save_network(tmp_path / "bare", half, {"network": "resnet8", "num_classes": 10})
 
 
 def test_traces_of_closed_loops_alone_are_hushed(monkeypatch):
