@@ -193,6 +193,7 @@ class Keys(base.Distiller):
         return {"label": 0 * student.logits.sum()}, jnp.stack([state[1], seen]), {}
 
 
+@pytest.mark.usefixtures("fast_compile")
 def test_each_step_and_view_draws_anew_the_images_by_the_datas_key_and_the_rest_by_the_students(tiny, monkeypatch):
     def noise(name, rng, images, **options):
         return jax.random.bits(rng, images.shape, jnp.uint8)
@@ -225,6 +226,7 @@ class Counting(base.Distiller):
         return {"label": 0 * student.logits.sum(), "rest": 3 * params["w"]}, state + 1, {"before": state}
 
 
+@pytest.mark.usefixtures("fast_compile")
 def test_method_is_trained_by_all_views_and_carries_its_state_from_one_to_the_next(tiny):
     config = tiny(views="both", learning_rate=0.1, weight_decay=0.01)
     _, state, inputs, step = prepare(config, Counting())
