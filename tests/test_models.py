@@ -198,6 +198,7 @@ def test_takes_small_grey_images_and_computes_in_its_dtype(name):
 
     with nn.intercept_methods(record):
         outputs = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x, train=False)[0], images)
+    assert inits  # the convolutions are seen
     at_64 = name.endswith("64x64")  # whose classifier is a convolution
     assert dtypes == [jnp.bfloat16] * (len(dtypes) - at_64) + [jnp.float32] * at_64
     assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {jnp.dtype(jnp.float32)}
