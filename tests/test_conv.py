@@ -92,16 +92,35 @@ for kind in ("stem", "16", "32", "64 to 96, odd", "48 to 16", "strided", "1x1", 
 """
 
 
+def compiling_with(flags, folder):
+    """The environment in which the kernels are compiled anew, in a folder, with more flags."""
+    compiler = folder / "c++"
+    compiler.write_text(f'#!/bin/sh\nexec c++ "$@" {flags}\n')
+    compiler.chmod(0o755)
+    there = {"CXX": str(compiler), "XDG_CACHE_HOME": str(folder), "PYTHONPATH": os.pathsep.join(sys.path)}
+    return os.environ | there
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")
+@pytest.mark.parametrize("flags", ["", "-mno-avx", "-mno-avx -D__aarch64__"], ids=["native", "x86-64", "blocks of arm"])
+def test_kernels_stay_within_their_arrays(flags, tmp_path):
+    named = (["c++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so"))
+    libraries = [subprocess.run(each, capture_output=True, text=True).stdout.strip() for each in named]
+    if not all(map(os.path.isabs, libraries)):  # the compiler says a name alone of what it has not
+        pytest.skip("the compiler has no AddressSanitizer")
+    there = compiling_with(f"{flags} -fsanitize=address", tmp_path)
+    there |= {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+    ran = subprocess.run([sys.executable, "-c", OF_ITS_OWN], env=there, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[:3000]
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64")
 @pytest.mark.parametrize("flag", ["-mno-avx512f", SLOW("-mno-avx")])
 def test_kernels_for_narrower_vectors_are_right_too(flag, tmp_path):
     if flag == "-mno-avx512f" and "avx512f" not in provenance.processor():
         pytest.skip("this processor has no AVX-512: the other tests are of these kernels")
-    compiler = tmp_path / "c++"
-    compiler.write_text(f'#!/bin/sh\nexec c++ "$@" {flag}\n')
-    compiler.chmod(0o755)
-    there = {"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", OF_ITS_OWN], env=os.environ | there, check=True)
+    subprocess.run([sys.executable, "-c", OF_ITS_OWN], env=compiling_with(flag, tmp_path), check=True)
     (library,) = tmp_path.glob("rkd_jax/conv_*.so")
     widest = {"-mno-avx512f": "zmm", "-mno-avx": "ymm"}[flag]
     code = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True).stdout

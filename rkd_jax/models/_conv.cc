@@ -314,7 +314,7 @@ static ffi::Error winograd(ffi::ThreadPool pool, const Shape& s, const float* x,
   parallel(pool, (total + count - 1) / count, [&](int64_t item) {
     static thread_local std::vector<float> in, out, nowhere;
     in.resize(16 * in_plane), out.resize(16 * out_plane), nowhere.assign(s.channels, 0.0f);
-    float outside[2 * kLanes];
+    float outside[kBlock];
     const int64_t begin = item * count, end = std::min(begin + count, total);
     for (int64_t t = begin; t < end; ++t)
       tile_of_input(s, x, t, 0, s.channels, nowhere.data(), &in[(t - begin) * s.channels], in_plane);
