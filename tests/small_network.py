@@ -1,12 +1,13 @@
 """Networks of a block or two, for tests of what any network would show: most of their time is its compilation."""
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from rkd_jax.models.resnet import ResNet
 
 
-def create(num_classes):
-    return ResNet(num_classes, blocks=(1,), widths=(8, 8))
+def create(num_classes, dtype=jnp.float32):
+    return ResNet(num_classes, dtype=dtype, blocks=(1,), widths=(8, 8))
 
 
 def two_stages(num_classes):

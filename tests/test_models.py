@@ -599,6 +599,13 @@ def test_outputs_need_but_logits():
     assert found[1:] == ((), None, (), None, None, None)
 
 
+def test_own_network_that_bfloat16_would_not_reach(own):
+    with pytest.raises(ValueError, match=r"config.student='own_networks:logits' takes no dtype, and config.dtype=bfl"):
+        models.create("own_networks:logits", 7, dtype=jnp.bfloat16)
+    assert models.create("own_networks:outputs", 7, dtype="bfloat16")  # which takes one
+    assert models.create("own_networks:logits", 7, dtype="float32")
+
+
 def test_own_network_without_embedding_is_listed(own):
     assert str(table.describe("own_networks:logits", image_size=8)).split()[-1] == "-"
 

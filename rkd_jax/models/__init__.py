@@ -80,7 +80,8 @@ def create(
       name: one of `names()`, or "my_module:factory" for your own: factory(num_classes=...) returns a Linen module,
         called as module(images, train=...), or factory(num_classes=..., rngs=...) an NNX one, called as
         module(images) after its train() or eval(), and with train=... where it takes that. What it returns are Outputs
-        or logits [B, C]. The factory, which may be the module's class, is given dtype if it takes one.
+        or logits [B, C]. The factory, which may be the module's class, is given dtype if it takes one, and has to take
+        it where that is not float32.
       num_classes: C.
       dtype: compute dtype, float32 or bfloat16; parameters, batch normalisation and all outputs are float32.
       image_size: side of the images, for the names that have a form of their own at that size.
@@ -164,6 +165,11 @@ def _create_own(name: str, num_classes: int, dtype: Any, field: str) -> nn.Modul
     factory = _own.load(name, field, "factory")
     taken = _own.parameters(factory)
     options = {"num_classes": num_classes} | ({"dtype": dtype} if "dtype" in taken else {})
+    if "dtype" not in taken and jnp.dtype(dtype) != jnp.float32:
+        raise ValueError(
+            f"{field}={name!r} takes no dtype, and config.dtype={jnp.dtype(dtype).name} would not reach its layers; "
+            "give the factory an argument `dtype` to hand to them, or set config.dtype=float32"
+        )
     if rngs := "rngs" in taken:
         from rkd_jax.models import _nnx  # here: importing NNX takes a tenth of a second
     try:
