@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import functools
 import os
 import re
 import select
@@ -10,8 +11,9 @@ import signal
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -47,6 +49,8 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
     given = sys.argv
     if not names_config(argv):
         argv = sys.argv = [argv[0], f"--config={default}", *argv[1:]]  # config_flags reads sys.argv
+    parser = flags.FLAGS[config.name].parser
+    parser.parse = functools.partial(_parse_with_own_fields, parser.parse, argv)
     try:
         arguments = flags.FLAGS(argv)
         if config.value is None:
@@ -58,6 +62,7 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
         while cause and not (place := own_code(cause)):  # what the config's file raised, if it was that
             cause = cause.__context__
         said = re.sub(r"\('Non-boolean argument.*\)", "not a boolean; write True or False", str(error))
+        said = re.sub(r"^flag --config=\S*: (?=config\.)", "", said)  # a method of one's own that cannot be loaded
         if isinstance(error, flags.UnrecognizedFlagError) and error.flagname in (config.value or ()):
             said = f"--{error.flagname} is no flag; write --config.{error.flagname}"
         if "before a value for --config was specified" in said:
@@ -71,7 +76,7 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
         key = re.search(r'Key "(\w+)"', words)
         near = difflib.get_close_matches(key[1], re.findall(r"(\w+): ", others), 1) if key else []
         words += f" Did you mean {near[0]!r}?" if near else ""
-        where = "all are in configs/default.py; one of a method of your own goes into your config file"
+        where = "all are in configs/default.py, or are of a method of your own that config.method names"
         sys.exit(f"Error: no such field of the config: {words} ({where})")
     except Exception as error:  # a config is Python
         place = own_code(error)
@@ -82,6 +87,28 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
         sys.exit(f"Error: --config: {error}" + (f"\n(in {place})" if place else ""))
     finally:
         sys.argv = given  # the command of the run's record
+
+
+def _parse_with_own_fields(parse: Callable[[str], Any], argv: list[str], path: str) -> Any:
+    """The config of a file; where flags or a sweep set what it lacks, with the fields of one's own methods, unset."""
+    from ml_collections import ConfigDict  # here: what other commands need of this file starts without JAX
+    from ml_collections.config_dict import placeholder
+
+    from rkd_jax import methods
+
+    config = parse(path)
+    text = "\n".join(argv)
+    given = {*re.findall(r"^--?config\.(\w+)", text, re.M)}
+    given |= {*re.findall(r"(\w+)=", "".join(re.findall(r"^--?config\.sweep[=\n](.*)", text, re.M)))}
+    if isinstance(config, ConfigDict) and given - {*config}:
+        named = [config.get("method"), config.get("inner")]
+        named += re.findall(r"\b(?:method|inner)[=\n]([^\s;]+)", text)
+        own = dict.fromkeys(name for each in named if each for name in each.split(",") if ":" in name)
+        with config.unlocked():
+            config.update(
+                {name: placeholder(kind) for name, kind in methods.fields(*own).items() if name not in config}
+            )
+    return config
 
 
 def own_code(error: BaseException) -> str:

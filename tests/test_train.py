@@ -25,6 +25,7 @@ from conftest import ROOT, SLOW
 from ml_collections import ConfigDict
 from PIL import Image
 
+from configs import default
 from rkd_jax import (
     _files,
     _flags,
@@ -1066,6 +1067,69 @@ def test_an_error_in_a_config_has_its_line(tmp_path, line):
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert f"(in own.py, line 5: {line})" in result.stderr
+
+
+OWN = """import dataclasses
+
+from rkd_jax import methods
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(methods.Distiller):
+    strength: float = 0.1
+    sharp: bool = False
+
+    def loss(self, params, state, student, teacher, batch, context):
+        return {"label": student.logits.mean()}, state, {}
+"""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--config.method=own_fields:Method", "--config.strength=3"],
+        ["--config.method", "own_fields:Method", "-config.strength", "3"],
+        ["--config.method=dot", "--config.inner=own_fields:Method", "--noconfig.sharp", "--config.strength=3"],
+        ["--config.sweep=method=kd,own_fields:Method; method=own_fields:Method strength=1,2"],
+        ["--config.sweep", "strength=1,2 lam=1", "--config.method=own_fields:Method"],
+    ],
+)
+def test_flags_set_the_fields_of_a_method_of_ones_own(tmp_path, monkeypatch, argv):
+    (tmp_path / "own_fields.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = _flags._parse_with_own_fields(lambda path: default.get_config(), ["main.py", *argv], "own.py")
+    assert (config.strength, config.sharp) == (None, None)
+    assert (config.get_type("strength"), config.get_type("sharp")) == (float, bool)
+    with pytest.raises(AttributeError, match='Did you mean "strength"'):
+        config.strenght = 3.0
+
+
+def test_a_config_that_has_what_the_flags_set_imports_no_method(monkeypatch):
+    def parse(*argv):
+        return _flags._parse_with_own_fields(lambda path: default.get_config(), [*argv], "own.py")
+
+    parse("--config.method=no_such_module:Method", "--config.lam=3", "--config.sweep=eps=1,2")
+    assert "strength" not in parse("--config.method=kd", "--config.strength=3")
+    with pytest.raises(ValueError, match=r"^config.method='no_such_module:Method' cannot be imported"):
+        parse("--config.method=no_such_module:Method", "--config.strength=3")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--config.method=own_fields:Method --config.strength=much", "Error: --config.strength=much: "),
+        ("--config.method=own_fields:Method --config.strenght=3", 'Did you mean "strength"'),
+        ("--config.method=own_fields:Other --config.strength=3", "Error: config.method='own_fields:Other' cannot be"),
+    ],
+)
+def test_main_takes_the_fields_of_a_method_of_ones_own(tmp_path, flags, message):
+    (tmp_path / "own_fields.py").write_text(OWN)
+    command = [sys.executable, str(ROOT / "main.py"), *flags.split()]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert message in result.stderr
 
 
 def test_an_error_of_another_package_is_told_from_our_own():
