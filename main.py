@@ -36,12 +36,12 @@ def main(argv):
         if DISTRIBUTED.value:
             processes.initialize(DISTRIBUTED.value)
         name = os.path.splitext(name)[0] + ("-smoke" if CONFIG.value.get("smoke") else "")
+        given = config_flags.get_override_values(FLAGS["config"])
         workdir = os.path.expanduser(WORKDIR.value or os.path.join("runs", name))
         if MODE.value == "train":
-            runs.run(CONFIG.value, workdir, config_flags.get_override_values(FLAGS["config"]))
+            runs.run(CONFIG.value, workdir, given)
         else:
-            changes = None if NAMED else config_flags.get_override_values(FLAGS["config"])
-            evaluate.run(CONFIG.value, workdir, changes)
+            evaluate.run(CONFIG.value, workdir, None if NAMED else given, given)
     except Exception as error:
         foreseen, place = isinstance(error, EXPECTED), _flags.own_code(error)
         if TRACEBACK.value or not (foreseen or place):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from ml_collections import ConfigDict
 
 from rkd_jax import _devices, _files, checkpoint, data, experiment, models, processes, provenance, run_folder, steps
 from rkd_jax.data import augment
+
+READ = ("dataset", "data_dir", "image_size", "num_train", "num_test", "eval_batch_size", "smoke")  # of a config
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,11 +68,17 @@ def _in_size(load: Callable[[int | None], data.Splits], dataset: str, side: int 
     return splits if side in (None, splits.test.images.shape[1]) or ":" not in dataset else load(side)
 
 
-def evaluate(config: ConfigDict, path: str | os.PathLike, field: str = "--workdir") -> dict[str, Any]:
+def evaluate(
+    config: ConfigDict,
+    path: str | os.PathLike,
+    field: str = "--workdir",
+    load_splits: Callable[[experiment.Fields], data.Splits] = experiment.load_splits,
+) -> dict[str, Any]:
     """Accuracy of one network folder on the config's test set; `field` named the folder, for the errors.
 
-    The network is the one that the folder names, with its own normalisation; of the config, only the fields about the
-    data and `eval_batch_size` are read. Where the config leaves the size of the images open, it is the network's.
+    The network is the one that the folder names, with its own normalisation; of the config, only the fields of `READ`
+    are read. Where the config leaves the size of the images open, it is the network's. `load_splits` may keep a set
+    for the next network.
     Returns {"network", "parameters", "step" (None: not trained here), "top1", "top5" (both in percent), "loss",
     "images"}.
     """
@@ -79,7 +87,7 @@ def evaluate(config: ConfigDict, path: str | os.PathLike, field: str = "--workdi
     side = checkpoint.read_metadata(path, field).get("image_size")
 
     def load(size: int | None) -> data.Splits:
-        return experiment.load_splits(experiment.Fields({**values, "image_size": size}))
+        return load_splits(experiment.Fields({**values, "image_size": size}))
 
     splits = _in_size(load, fields.dataset, side) if fields.image_size is None else load(fields.image_size)
     found = restore(path, splits.test.images.shape[1:], splits, field)
@@ -92,6 +100,18 @@ def evaluate(config: ConfigDict, path: str | os.PathLike, field: str = "--workdi
         **result,
         "images": len(splits.test.labels),
     }
+
+
+class _Kept:
+    """`experiment.load_splits` that keeps the set that it loaded last, for the networks of a run have the same."""
+
+    def __init__(self):
+        self._fields, self._splits = None, None
+
+    def __call__(self, fields: experiment.Fields) -> data.Splits:
+        if (asked := {name: getattr(fields, name) for name in READ}) != self._fields:
+            self._fields, self._splits = asked, experiment.load_splits(fields)
+        return self._splits
 
 
 def recorded(path: Path, config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
@@ -123,20 +143,23 @@ def recorded(path: Path, config: ConfigDict, changes: Mapping[str, Any]) -> Conf
 
 
 def run(
-    config: ConfigDict, workdir: str | os.PathLike, changes: Mapping[str, Any] | None = None
+    config: ConfigDict, workdir: str | os.PathLike, changes: Mapping[str, Any] | None = None, given: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
     """What `python main.py --mode=eval` does: evaluates a network folder, or the best and last networks of runs.
 
     Prints a line for each, and writes them all, with command, commit, versions and device, to WORKDIR/evaluation.json.
     changes: where the user named no config, the fields that are set; each network is then tested as `recorded` says.
-    Of several processes, the first does it.
+    given: the fields that were set by hand, of which those that no test reads are named. Of several processes, the
+    first does it.
     """
     _devices.start()
     processes.meet()
-    return processes.in_lead(lambda: _run(config, Path(workdir), changes))
+    return processes.in_lead(lambda: _run(config, Path(workdir), changes, given))
 
 
-def _run(config: ConfigDict, workdir: Path, changes: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+def _run(
+    config: ConfigDict, workdir: Path, changes: Mapping[str, Any] | None, given: Iterable[str]
+) -> list[dict[str, Any]]:
     paths = (
         [workdir]
         if (workdir / "metadata.json").exists()
@@ -150,10 +173,12 @@ def _run(config: ConfigDict, workdir: Path, changes: Mapping[str, Any] | None) -
             f"--workdir={workdir} holds no network: neither metadata.json, nor best/ and last/ of a run that was "
             "evaluated at least once, and has saved since"
         )
-    results = []
+    if idle := [f"config.{name}" for name in given if name not in READ]:
+        print(f"a test reads no {', '.join(idle)}: the networks are tested as they were trained")
+    results, load_splits = [], _Kept()
     for path in paths:
         chosen = config if changes is None else recorded(path, config, changes)
-        result = evaluate(chosen, path)
+        result = evaluate(chosen, path, load_splits=load_splits)
         random = bool(chosen.smoke and data.form(chosen.dataset))
         images = f"{result['images']:,} " + ("random images" if random else f"test images of {chosen.dataset}")
         results.append({"path": str(path), "dataset": "random images" if random else chosen.dataset, **result})

@@ -619,10 +619,11 @@ def test_folder_to_test_on(tmp_path):
     assert data.load(f"folder:{tmp_path}").class_names == ("cat", "test")
 
 
-def test_folder_without_splits(tmp_path):
+def test_folder_without_splits(tmp_path, caplog):
     write_folder(tmp_path, {"ape": 20, "bee": 10})
     Image.new("RGB", (30, 30), (50, 50, 50)).save(tmp_path / "bee" / "odd.JPG")
     splits = data.load(f"folder:{tmp_path}")
+    assert f"{tmp_path} has no test/: every tenth image of each class is held out to test on" in caplog.text
     assert splits.train.images.shape == (28, 64, 64, 3)
     assert splits.test.labels.tolist() == [0, 0, 1]
     assert (splits.train.images[:, 0, 0, 0] == 50 * splits.train.labels).all()
@@ -663,6 +664,19 @@ def test_folder_errors(tmp_path):
     (tmp_path / "bee" / "text.png").unlink()
     (tmp_path / "bee" / "none.png").symlink_to("absent")
     with pytest.raises(ValueError, match=r"none.png cannot be read: .*; remove it or replace it"):
+        data.load(f"folder:{tmp_path}")
+
+
+def test_all_images_that_cannot_be_read_are_named(tmp_path):
+    write_folder(tmp_path, {"ape": 30, "bee": 10})
+    whole = (tmp_path / "bee" / "00.png").read_bytes()
+    for name in ("1", "2"):
+        (tmp_path / "bee" / f"cut{name}.png").write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match=r"cut1.png is damaged: .*\n.*cut2.png is damaged: "):
+        data.load(f"folder:{tmp_path}")
+    for file in (tmp_path / "ape").iterdir():
+        file.write_text("words")
+    with pytest.raises(ValueError, match=r"^.*ape/00.png is no image.*\n(.*\n){18}.*19.png.*\nand 10 other files$"):
         data.load(f"folder:{tmp_path}")
 
 

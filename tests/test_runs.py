@@ -186,6 +186,26 @@ def test_network_is_tested_and_teaches_with_its_own_normalisation(tiny, small_te
     assert evaluate.evaluate(tiny(), small_teacher)["loss"] != pytest.approx(expected["loss"], rel=1e-3)
 
 
+def test_evaluation_loads_a_set_once_and_says_which_fields_it_does_not_read(
+    tiny, teacher, tmp_path, monkeypatch, capsys
+):
+    for name in ("best", "last"):
+        shutil.copytree(teacher, tmp_path / name)
+    loaded = []
+    load_splits = experiment.load_splits
+    monkeypatch.setattr(experiment, "load_splits", lambda fields: (loaded.append(fields), load_splits(fields))[1])
+    given = ["lam", "num_test", "seed", *evaluate.READ]
+    assert len(evaluate.run(tiny(), tmp_path, given=given)) == 2
+    assert len(loaded) == 1
+    assert "a test reads no config.lam, config.seed: the networks are tested as they" in capsys.readouterr().out
+    keep = evaluate._Kept()
+    sets = [keep(experiment.Fields(experiment.shrink(tiny(num_test=count)))) for count in (20, 20, 30)]
+    assert [len(splits.test.labels) for splits in sets] == [20, 20, 30]
+    assert len(loaded) == 3
+    evaluate.run(tiny(), tmp_path, given=["num_test", "data_dir"])
+    assert "a test reads no" not in capsys.readouterr().out
+
+
 def test_evaluation_of_what_is_no_folder_says_so(tiny, tmp_path):
     (tmp_path / "x.pth").touch()
     for name, message in (("none", "none is not there; name the folder of"), ("x.pth", "is a file .*rkd_jax.convert")):

@@ -8,9 +8,12 @@ Photos are turned as their EXIF orientation says (JPEG's alone); an alpha channe
 over, and so, with a warning, are those of other suffixes.
 """
 
+import functools
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -50,6 +53,8 @@ def load(path: str, image_size: int | None = None) -> Splits:
             f"config.dataset='folder:{path}': {' and '.join(alike)} look like parts of a set, not like classes; "
             "name them train/ and test/"
         )
+    if parts == [root]:
+        logging.warning("%s has no test/: every tenth image of each class is held out to test on", root)
     files = [_files(part, classes) for part in parts]
     there = {label for _, label in files[0]}
     if parts != [held_out] and (empty := [name for label, name in enumerate(classes) if label not in there]):
@@ -58,7 +63,10 @@ def load(path: str, image_size: int | None = None) -> Splits:
         )
     shape = _shape([file for part in files for file, _ in part], image_size)
     splits = [
-        Split(np.stack([_read(file, shape) for file, _ in part]), np.array([label for _, label in part], np.int32))
+        Split(
+            np.stack(_each(functools.partial(_read, shape=shape), [file for file, _ in part])),
+            np.array([label for _, label in part], np.int32),
+        )
         for part in files
     ]
     if parts == [held_out]:
@@ -105,15 +113,32 @@ def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
 
 def _shape(files: list[Path], image_size: int | None) -> tuple[int, int, int]:
     """Height, width and channels that all images get, from their headers."""
-    sizes, modes = set(), set()
-    for file in files:
-        with _open(file) as image:
-            sizes.add(image.size[::-1] if _orientation(image) >= 5 else image.size)
-            modes.add(image.mode)
-            if image.mode.startswith(DEEP):
-                raise ValueError(f"{file} has more than 8 bits a pixel (PIL's mode {image.mode}); convert it to 8")
+    headers = _each(_header, files)
+    sizes, modes = ({each[i] for each in headers} for i in range(2))
     width, height = sizes.pop() if len(sizes) == 1 else (_prepared.SIZE, _prepared.SIZE)
     return image_size or height, image_size or width, 1 if modes <= {"1", "L", "LA"} else 3
+
+
+def _header(file: Path) -> tuple[tuple[int, int], str]:
+    """Width and height once it is upright, and PIL's mode."""
+    with _open(file) as image:
+        if image.mode.startswith(DEEP):
+            raise ValueError(f"{file} has more than 8 bits a pixel (PIL's mode {image.mode}); convert it to 8")
+        return image.size[::-1] if _orientation(image) >= 5 else image.size, image.mode
+
+
+def _each(function: Callable[[Path], Any], files: list[Path]) -> list[Any]:
+    """What a function makes of each file; a ValueError has those of all files, or of the first 20."""
+    found, wrong = [], []
+    for file in files:
+        try:
+            found.append(function(file))
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        more = [f"and {len(wrong) - 20} other files"] if len(wrong) > 20 else []
+        raise ValueError("\n".join(wrong[:20] + more))
+    return found
 
 
 def _read(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
