@@ -306,6 +306,22 @@ def test_lambda_shows_the_paper_where_the_pair_is_the_papers(tmp_path):
     np.testing.assert_array_equal(points.get_xydata()[0], [0.1, 75.59])
 
 
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [((1.0, 2.0, 4.0), "linear"), ((0.1, 1.0), "log"), ((0.0, 0.5, 5.0), "symlog"), ((-9, 1), "linear")],
+)
+def test_accuracy_by_any_field(tmp_path, values, scale):
+    ours = [run(tmp_path / f"{value}-{seed}", gamma=value, seed=seed) for value in values for seed in (0, 1)]
+    if scale == "log":
+        draw(tmp_path, "field", "gamma", "--runs", *ours)
+    axis = drawn("field", "gamma", "--runs", *ours)[0].axes[0]
+    assert (axis.get_xlabel(), axis.get_xscale()) == ("gamma", scale)
+    np.testing.assert_array_equal(axis.lines[0].get_xdata(), values)
+    assert [label.get_text().replace("\N{MINUS SIGN}", "-") for label in axis.get_xticklabels()] == [
+        f"{value:g}" for value in values
+    ]
+
+
 def test_accuracies_are_means_over_the_seeds_of_the_best_and_of_the_last():
     top1 = ((70.0, 60.0), (72.0, 66.0), (75.0, 74.0))
     records = [{"best": {"top1": best}, "last": {"top1": last}} for best, last in top1]
@@ -342,6 +358,8 @@ def test_eps_shows_blocks(tmp_path):
         (["lambda", "--runs", "{teacher}/metadata.json"], "--runs: .* lacks best, config, last"),
         (["lambda", "--runs", "{a}", "{b}"], "--runs: they differ in eps, too"),
         (["eps", "--runs", "{a}", "{b}"], "--runs: they differ in lam, too"),
+        (["field", "gamma", "--runs", "{a}"], "--runs: one of them is of a method without gamma; name runs of those"),
+        (["field", "method", "--runs", "{a}"], "FIELD=method has the value 'ranking_alignment', which is no number"),
         (["eps", "--runs", "{empty}"], "--runs: .* has no line of kind 'train' yet"),
         (["curves", "--runs", "{a}/summary.json"], "--runs: .*summary.json is no run; name runs' folders, or copies"),
         (["curves", "--runs", "{a}", "--output", ""], "--output is empty or is a folder"),

@@ -4,6 +4,7 @@
     python -m rkd_jax.report.figures logit_difference --teacher runs/teacher --students CE=runs/ce RA=runs/ra
     python -m rkd_jax.report.figures tsne --networks CE=runs/ce RA=runs/ra --classes 0 1 2 3
     python -m rkd_jax.report.figures curves --runs CE=runs/ce RA=runs/ra
+    python -m rkd_jax.report.figures field temperature --runs runs/temperature-sweep
     python -m rkd_jax.report.figures lambda --runs runs/lam-*
     python -m rkd_jax.report.figures eps --runs runs/eps-sweep
 
@@ -187,7 +188,9 @@ def _ranked_panel(
     axis.plot(number, own[order], "o", color=BLUE, markersize=3 if len(order) > 20 else 5, label="network's logits")
     axis.plot(rank[true], own[true], "D", color=RED, markersize=7, label=f"true class, {names[true]}")
     lines = [f"{names[i]}  {own[i]:.1f}  ({rank[i]})" for i in np.argsort(-own, kind="stable")[:5]]
-    title, heading, right = f"({letter}) teacher, {network.label}", "largest logits (rank)", 0.76
+    title, heading, right = f"({letter}) the teacher", "largest logits (rank)", 0.76
+    if network.label != "teacher":  # as its folder may be called
+        title += f", {network.label}"
     if network is not teacher:
         axis.plot(number, reference[order], "-", color=GREY, linewidth=1.2, label="teacher's logits", zorder=1)
         rho = stats.spearmanr(own, reference).statistic
@@ -323,7 +326,7 @@ def sweep(records: Sequence[Mapping[str, Any]], field: str) -> list[float]:
     """The value of a field in each record; ValueError where the runs differ in more than it and the seed."""
     configs = [record["config"] for record in records]
     if any(field not in config for config in configs):
-        raise ValueError(f"--runs: one of them is of a method without {field}; name runs of ranking_alignment alone")
+        raise ValueError(f"--runs: one of them is of a method without {field}; name runs of those that have it alone")
     for name in sorted(set().union(*configs) - {field, "seed", *run_folder.NOT_COMPUTED, *run_folder.MAY_CHANGE}):
         values = {json.dumps(config.get(name)) for config in configs}
         if len(values) > 1:
@@ -332,6 +335,25 @@ def sweep(records: Sequence[Mapping[str, Any]], field: str) -> list[float]:
                 "and seed alone"
             )
     return [config[field] for config in configs]
+
+
+def draw_field(args: argparse.Namespace) -> Figure:
+    """Accuracy against any field of the config that is a number, best and last."""
+    records = [load_record(path) for path in each_run(args.runs)]
+    values = sweep(records, args.field)
+    if wrong := [value for value in values if isinstance(value, bool) or not isinstance(value, int | float)]:
+        raise ValueError(f"FIELD={args.field} has the value {wrong[0]!r}, which is no number; name another field")
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axis = figure.subplots()
+    _accuracies(axis, values, records)
+    axis.set(xlabel=args.field, ylabel="test top-1, %")
+    if min(values) >= 0 and max(values) >= 10 * min(filter(None, values), default=1):
+        _log(axis, values)
+    else:
+        axis.set_xticks(ticks := sorted(set(values)), [f"{value:g}" for value in ticks])
+    figure.legend(loc="outside lower center", ncols=3)
+    _headline(figure, _title(records, f"accuracy by {args.field}"))
+    return figure
 
 
 def draw_lambda(args: argparse.Namespace) -> Figure:
@@ -379,8 +401,8 @@ def draw_eps(args: argparse.Namespace) -> Figure:
     for axis in (upper, lower):
         axis.axvline(1, color=GREY, linewidth=1, linestyle=":", label="the paper's ε" if axis is upper else None)
     _log(lower, values)
+    lower.axhline(1, color=GREY, linewidth=1, label="one block: the centred logits", zorder=1)
     figure.legend(loc="outside lower center", ncols=3)
-    lower.set_title("one block: the soft ranks are the centred logits", fontsize=9)
     what = "accuracy and blocks by ε; λ = {lam:g}, rank_scale {rank_scale}"
     _headline(figure, _title(records, what.format(**records[0]["config"])))
     return figure
@@ -465,6 +487,7 @@ FIGURES = {
     "logit_difference": draw_logit_difference,
     "tsne": draw_tsne,
     "curves": draw_curves,
+    "field": draw_field,
     "lambda": draw_lambda,
     "eps": draw_eps,
 }
@@ -487,7 +510,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             metavar="FILE",
             help="default: runs/figures/<figure>",
         )
-        if name in ("curves", "lambda", "eps"):
+        if name == "field":
+            command.add_argument(
+                "field", metavar="FIELD", help="of configs/default.py or of a method: what the runs differ in"
+            )
+        if name in ("curves", "field", "lambda", "eps"):
             metavar = "NAME=FOLDER" if name == "curves" else "FOLDER"
             what = "of runs, or of a sweep" + (", or files of metrics" if name == "curves" else "")
             command.add_argument("--runs", nargs="+", required=True, metavar=metavar, help=what)
