@@ -67,7 +67,8 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
             said = f"--{error.flagname} is no flag; write --config.{error.flagname}"
         if "before a value for --config was specified" in said:
             said = f"{said.rstrip('.')}; put --config=FILE first"
-        sys.exit("Error: " + (f"--config: {cause}\n(in {place})" if cause else said.removeprefix("flag ")))
+        which = "" if str(cause).startswith("config.") else "--config: "
+        sys.exit("Error: " + (f"{which}{cause}\n(in {place})" if cause else said.removeprefix("flag ")))
     except SyntaxError as error:
         sys.exit(f"Error: --config: {error.filename}, line {error.lineno}: {error.msg}")
     except (AttributeError, KeyError) as error:  # ml_collections' words come quoted, once for each of its layers
@@ -97,13 +98,24 @@ def _parse_with_own_fields(parse: Callable[[str], Any], argv: list[str], path: s
     from rkd_jax import methods
 
     config = parse(path)
-    text = "\n".join(argv)
-    given = {*re.findall(r"^--?config\.(\w+)", text, re.M)}
-    given |= {*re.findall(r"(\w+)=", "".join(re.findall(r"^--?config\.sweep[=\n](.*)", text, re.M)))}
-    if isinstance(config, ConfigDict) and given - {*config}:
-        named = [config.get("method"), config.get("inner")]
-        named += re.findall(r"\b(?:method|inner)[=\n]([^\s;]+)", text)
-        own = dict.fromkeys(name for each in named if each for name in each.split(",") if ":" in name)
+    values: dict[str, str] = {}  # of fields, by flags
+    argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        if found := re.fullmatch(r"--?(?:no)?config\.(\w+)(?:=(.*))?", argument, re.DOTALL):
+            values[found[1]] = following if found[2] is None else found[2]
+    swept: dict[str, str] = {}  # likewise, a comma between the values
+    for name, value in re.findall(r"(\w+)=([^\s;]*)", values.get("sweep", "")):
+        swept[name] = f"{swept[name]},{value}" if name in swept else value
+    if isinstance(config, ConfigDict) and {*values, *swept} - {*config}:
+        known = config.to_dict() | values | swept
+        named = filter(None, [values.get("method", config.get("method")), swept.get("method")])
+        own = [
+            name
+            for method in ",".join(named).split(",")
+            for found in methods.own(known | {"method": method})
+            for name in found.split(",")
+            if ":" in name
+        ]
         with config.unlocked():
             config.update(
                 {name: placeholder(kind) for name, kind in methods.fields(*own).items() if name not in config}

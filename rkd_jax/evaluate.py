@@ -110,7 +110,9 @@ class _Kept:
 
     def __call__(self, fields: experiment.Fields) -> data.Splits:
         if (asked := {name: getattr(fields, name) for name in READ}) != self._fields:
-            self._fields, self._splits = asked, experiment.load_splits(fields)
+            self._fields = self._splits = None  # before another takes its memory
+            self._splits = experiment.load_splits(fields)
+            self._fields = asked
         return self._splits
 
 

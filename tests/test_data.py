@@ -609,14 +609,16 @@ def test_folder_whose_test_images_have_another_name(tmp_path):
         data.load(f"folder:{tmp_path}")
 
 
-def test_folder_to_test_on(tmp_path):
+def test_folder_to_test_on(tmp_path, caplog):
     write_folder(tmp_path / "test", {"ape": 3, "bee": 2})
     splits = data.load(f"folder:{tmp_path}")
     assert (len(splits.train.labels), len(splits.test.labels), splits.class_names) == (0, 5, ("ape", "bee"))
     assert splits.mean == base.moments(splits.test.images)[0]
     assert len(data.random(f"folder:{tmp_path}", 8, 4).test.labels) == 4
     write_folder(tmp_path, {"cat": 20})  # beside classes, it is one
+    assert "held out" not in caplog.text
     assert data.load(f"folder:{tmp_path}").class_names == ("cat", "test")
+    assert f"{tmp_path} test/ is a class, with no train/ beside it: every tenth image of each class is" in caplog.text
 
 
 def test_folder_without_splits(tmp_path, caplog):
@@ -674,6 +676,13 @@ def test_all_images_that_cannot_be_read_are_named(tmp_path):
         (tmp_path / "bee" / f"cut{name}.png").write_bytes(whole[:-30])
     with pytest.raises(ValueError, match=r"cut1.png is damaged: .*\n.*cut2.png is damaged: "):
         data.load(f"folder:{tmp_path}")
+    write_folder(tmp_path / "parts" / "train", {"ape": 2, "bee": 2})
+    write_folder(tmp_path / "parts" / "test", {"ape": 2, "bee": 2})
+    for part in ("train", "test"):
+        (tmp_path / "parts" / part / "bee" / "00.png").write_bytes(whole[:-30])
+    with pytest.raises(ValueError, match=r"train/bee/00.png is damaged: .*\n.*test/bee/00.png is damaged: "):
+        data.load(f"folder:{tmp_path / 'parts'}")
+    shutil.rmtree(tmp_path / "parts")
     for file in (tmp_path / "ape").iterdir():
         file.write_text("words")
     with pytest.raises(ValueError, match=r"^.*ape/00.png is no image.*\n(.*\n){18}.*19.png.*\nand 10 other files$"):

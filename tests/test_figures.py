@@ -322,6 +322,13 @@ def test_accuracy_by_any_field(tmp_path, values, scale):
     ]
 
 
+def test_field_that_other_facts_follow_and_steps_that_differ(tmp_path):
+    ours = [run(tmp_path / f"{n}", num_train=n, data_fingerprint=str(n), teacher="") for n in (32, 64)]
+    (ours[1] / "summary.json").write_text((ours[1] / "summary.json").read_text().replace('"step": 20', '"step": 4000'))
+    found = texts("field", "num_train", "--runs", *ours)
+    assert "digits, resnet8 by ranking_alignment, 20 to 4,000 steps, 1 seed" in found
+
+
 def test_accuracies_are_means_over_the_seeds_of_the_best_and_of_the_last():
     top1 = ((70.0, 60.0), (72.0, 66.0), (75.0, 74.0))
     records = [{"best": {"top1": best}, "last": {"top1": last}} for best, last in top1]
@@ -359,6 +366,7 @@ def test_eps_shows_blocks(tmp_path):
         (["lambda", "--runs", "{a}", "{b}"], "--runs: they differ in eps, too"),
         (["eps", "--runs", "{a}", "{b}"], "--runs: they differ in lam, too"),
         (["field", "gamma", "--runs", "{a}"], "--runs: one of them is of a method without gamma; name runs of those"),
+        (["field", "lamb", "--runs", "{a}"], "a method without lamb; name runs .*, or did you mean 'lam'"),
         (["field", "method", "--runs", "{a}"], "FIELD=method has the value 'ranking_alignment', which is no number"),
         (["eps", "--runs", "{empty}"], "--runs: .* has no line of kind 'train' yet"),
         (["curves", "--runs", "{a}/summary.json"], "--runs: .*summary.json is no run; name runs' folders, or copies"),

@@ -1081,6 +1081,14 @@ class Method(methods.Distiller):
 
     def loss(self, params, state, student, teacher, batch, context):
         return {"label": student.logits.mean()}, state, {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer(methods.Distiller):
+    within: methods.Distiller = Method()
+
+    def loss(self, *args):
+        return self.within.loss(*args)
 """
 
 
@@ -1090,14 +1098,32 @@ class Method(methods.Distiller):
         ["--config.method=own_fields:Method", "--config.strength=3"],
         ["--config.method", "own_fields:Method", "-config.strength", "3"],
         ["--config.method=dot", "--config.inner=own_fields:Method", "--noconfig.sharp", "--config.strength=3"],
+        [
+            "--noconfig.sharp",
+            "--config.method=own_fields:Method",
+            "--workdir",
+            "runs/my-method",
+            "--config.dataset=a:b",
+        ],
+        [
+            "--config.method=no_such:Method",
+            "--config.method=dkd",
+            "--config.method=own_fields:Method",
+            "--config.sharp",
+        ],
+        ["--flagfile={flags}"],
+        ["--config.method=own_fields:Outer", "--config.within=own_fields:Method", "--config.strength=3"],
         ["--config.sweep=method=kd,own_fields:Method; method=own_fields:Method strength=1,2"],
+        ["--config.sweep=method=own_fields:Method strength=1,2; method=kd"],
         ["--config.sweep", "strength=1,2 lam=1", "--config.method=own_fields:Method"],
     ],
 )
 def test_flags_set_the_fields_of_a_method_of_ones_own(tmp_path, monkeypatch, argv):
     (tmp_path / "own_fields.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    config = _flags._parse_with_own_fields(lambda path: default.get_config(), ["main.py", *argv], "own.py")
+    (tmp_path / "flags").write_text("--config.method=own_fields:Method\n--config.strength=3\n")
+    argv = [argument.format(flags=tmp_path / "flags") for argument in ("main.py", *argv)]
+    config = _flags._parse_with_own_fields(lambda path: default.get_config(), argv, "own.py")
     assert (config.strength, config.sharp) == (None, None)
     assert (config.get_type("strength"), config.get_type("sharp")) == (float, bool)
     with pytest.raises(AttributeError, match='Did you mean "strength"'):

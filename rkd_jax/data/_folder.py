@@ -9,6 +9,7 @@ over, and so, with a warning, are those of other suffixes.
 """
 
 import functools
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -54,7 +55,8 @@ def load(path: str, image_size: int | None = None) -> Splits:
             "name them train/ and test/"
         )
     if parts == [root]:
-        logging.warning("%s has no test/: every tenth image of each class is held out to test on", root)
+        why = f"{alike[0]}/ is a class, with no train/ beside it" if alike else "has no test/"
+        logging.warning("%s %s: every tenth image of each class is held out to test on", root, why)
     files = [_files(part, classes) for part in parts]
     there = {label for _, label in files[0]}
     if parts != [held_out] and (empty := [name for label, name in enumerate(classes) if label not in there]):
@@ -62,11 +64,9 @@ def load(path: str, image_size: int | None = None) -> Splits:
             f"{parts[0]} has no image of {', '.join(empty)} to train on; add some, or remove the sub-folder"
         )
     shape = _shape([file for part in files for file, _ in part], image_size)
+    read = iter(_each(functools.partial(_read, shape=shape), [file for part in files for file, _ in part]))
     splits = [
-        Split(
-            np.stack(_each(functools.partial(_read, shape=shape), [file for file, _ in part])),
-            np.array([label for _, label in part], np.int32),
-        )
+        Split(np.stack([*itertools.islice(read, len(part))]), np.array([label for _, label in part], np.int32))
         for part in files
     ]
     if parts == [held_out]:

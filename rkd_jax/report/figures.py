@@ -15,6 +15,7 @@ metrics.jsonl under any name (results/curves/*.jsonl); a sweep's folder is all i
 
 import argparse
 import dataclasses
+import difflib
 import json
 import math
 import textwrap
@@ -326,8 +327,14 @@ def sweep(records: Sequence[Mapping[str, Any]], field: str) -> list[float]:
     """The value of a field in each record; ValueError where the runs differ in more than it and the seed."""
     configs = [record["config"] for record in records]
     if any(field not in config for config in configs):
-        raise ValueError(f"--runs: one of them is of a method without {field}; name runs of those that have it alone")
-    for name in sorted(set().union(*configs) - {field, "seed", *run_folder.NOT_COMPUTED, *run_folder.MAY_CHANGE}):
+        near = difflib.get_close_matches(field, configs[0], 1)
+        hint = f", or did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"--runs: one of them is of a method without {field}; name runs of those that have it alone{hint}"
+        )
+    follows = {"data_fingerprint"} if field in ("num_train", "num_test", "image_size") else set()
+    passed = {field, "seed", *run_folder.NOT_COMPUTED, *run_folder.MAY_CHANGE, *follows}
+    for name in sorted(set().union(*configs) - passed):
         values = {json.dumps(config.get(name)) for config in configs}
         if len(values) > 1:
             raise ValueError(
@@ -350,7 +357,8 @@ def draw_field(args: argparse.Namespace) -> Figure:
     if min(values) >= 0 and max(values) >= 10 * min(filter(None, values), default=1):
         _log(axis, values)
     else:
-        axis.set_xticks(ticks := sorted(set(values)), [f"{value:g}" for value in ticks])
+        if len(ticks := sorted(set(values))) <= 10:
+            axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
     figure.legend(loc="outside lower center", ncols=3)
     _headline(figure, _title(records, f"accuracy by {args.field}"))
     return figure
@@ -449,8 +457,11 @@ def _plain_numbers(axis: Axes) -> None:
 
 def _title(records: Sequence[Mapping[str, Any]], what: str) -> str:
     config, seeds = records[0]["config"], len({record["config"]["seed"] for record in records})
-    networks = f"{config['teacher']} > {config['student']} by {config['method']}"
-    steps = f"{records[0]['last']['step']:,} steps, {seeds} seed{'s'[: seeds > 1]}"
+    pair = [name for name in (config["teacher"], config["student"]) if name]  # cross_entropy may have no teacher
+    networks = f"{' > '.join(pair)} by {config['method']}"
+    counts = sorted({record["last"]["step"] for record in records})
+    steps = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
+    steps = f"{steps} steps, {seeds} seed{'s'[: seeds > 1]}"
     return f"{config['dataset']}, {networks}, {steps}\n{what}"
 
 
