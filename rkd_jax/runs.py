@@ -177,11 +177,7 @@ def _axes(config: ConfigDict) -> list[list[list[tuple[str, str]]]]:
                 near = difflib.get_close_matches(field, config, 1)
                 raise ValueError(
                     f"config.sweep={config.sweep!r}: {field!r} is no field of the config"
-                    + (
-                        f"; did you mean {near[0]!r}?"
-                        if near
-                        else "; all are in configs/default.py, or are of a method of your own"
-                    )
+                    + (f"; did you mean {near[0]!r}?" if near else "; all are in configs/default.py")
                 )
             if not equals or not values or field == "sweep":
                 raise ValueError(

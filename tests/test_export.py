@@ -158,8 +158,10 @@ def test_network_of_ones_own_that_depends_on_the_platform(images, tmp_path, monk
 
 @pytest.mark.parametrize(
     ("kind", "batch", "packages"),
-    [("tflite", "3", ["tensorflow"]), ("onnx", "dynamic", ["jax2onnx", "onnxruntime"])],
-    ids=["tflite", "onnx"],
+    [
+        pytest.param("tflite", "3", ["tensorflow"], id="tflite", marks=pytest.mark.slow),
+        pytest.param("onnx", "dynamic", ["jax2onnx", "onnxruntime"], id="onnx"),
+    ],
 )
 def test_other_formats(kind, batch, packages, network, tmp_path):
     for package in packages:

@@ -127,6 +127,7 @@ def test_processes_that_would_train_apart_are_told(slow, tmp_path, monkeypatch, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_processes_that_diverge_end_together(slow, tmp_path):
     """Though one saves after every call, and looks at the losses then, and the other does not."""
     where = f"localhost:{free_port()},{{}},2"

@@ -189,7 +189,7 @@ def _ranked_panel(
     axis.plot(number, own[order], "o", color=BLUE, markersize=3 if len(order) > 20 else 5, label="network's logits")
     axis.plot(rank[true], own[true], "D", color=RED, markersize=7, label=f"true class, {names[true]}")
     lines = [f"{names[i]}  {own[i]:.1f}  ({rank[i]})" for i in np.argsort(-own, kind="stable")[:5]]
-    title, heading, right = f"({letter}) the teacher", "largest logits (rank)", 0.76
+    title, heading, right = f"({letter}) teacher", "largest logits (rank)", 0.76
     if network.label != "teacher":  # as its folder may be called
         title += f", {network.label}"
     if network is not teacher:
@@ -356,9 +356,8 @@ def draw_field(args: argparse.Namespace) -> Figure:
     axis.set(xlabel=args.field, ylabel="test top-1, %")
     if min(values) >= 0 and max(values) >= 10 * min(filter(None, values), default=1):
         _log(axis, values)
-    else:
-        if len(ticks := sorted(set(values))) <= 10:
-            axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    elif len(ticks := sorted(set(values))) <= 10:
+        axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
     figure.legend(loc="outside lower center", ncols=3)
     _headline(figure, _title(records, f"accuracy by {args.field}"))
     return figure
