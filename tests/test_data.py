@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import unittest.mock
 import zipfile
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import ExifTags, Image
 
 from rkd_jax import data
 from rkd_jax.data import __main__ as prepare_command
-from rkd_jax.data import _prepared, base
+from rkd_jax.data import _cache, _folder, _prepared, base
 
 WNIDS = [f"n{i:08d}" for i in range(200)]
 
@@ -274,7 +275,7 @@ def test_caches_alone_are_told_apart_by_size_and_version(tmp_path, offline):
         images = np.zeros((20, side, side, 3), np.uint8)
         split = base.Split(images, np.arange(20, dtype=np.int32) % 2)
         splits = base.Splits(split, split, 2, *base.moments(images + 1))
-        _prepared._write(tmp_path / "own" / f"{folder}.uint8", "own", folder, "", splits)
+        _cache.write(tmp_path / "own" / f"{folder}.uint8", "own", folder, "", splits)
 
     def side(name="tfds:own", folder=tmp_path, **size):
         return data.load(name, str(folder), **size).train.images.shape[1]
@@ -296,14 +297,14 @@ def test_caches_alone_are_told_apart_by_size_and_version(tmp_path, offline):
 
 
 def test_cache_is_written_where_it_is_asked_for_though_none_can_be_beside_the_set(tiny, tmp_path, monkeypatch):
-    write = _prepared._write
+    write = _cache.write
 
     def refuse(cache, *arguments):
         if tmp_path / "target" not in cache.parents:
             raise PermissionError("read-only")
         write(cache, *arguments)
 
-    monkeypatch.setattr(_prepared, "_write", refuse)
+    monkeypatch.setattr(_cache, "write", refuse)
     copy = _prepared.copy_cache("tiny_imagenet", str(tiny), tmp_path / "target")
     assert copy == tmp_path / "target" / "tiny_imagenet" / "1.0.0.uint8"
     shutil.rmtree(tiny)
@@ -598,6 +599,72 @@ def test_parts_of_a_set_are_not_classes(tmp_path, parts):
         write_folder(tmp_path / part, {"ape": 10, "bee": 10})
     with pytest.raises(ValueError, match=r"and [Tv].* look like parts of a set, not like classes; name them"):
         data.load(f"folder:{tmp_path}")
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """Loads an image folder: the data set, and how many images were decoded for it."""
+    read = unittest.mock.Mock(wraps=_folder._read)
+    monkeypatch.setattr(_folder, "_read", read)
+
+    def load(path, **size):
+        read.reset_mock()
+        splits = data.load(f"folder:{path}", **size)
+        assert isinstance(splits.test.images, np.memmap)
+        return splits, read.call_count
+
+    return load
+
+
+def test_decoded_folder_is_kept(tmp_path, decodes, caplog, monkeypatch):
+    images = tmp_path / "set"
+    write_folder(images / "train", {"ape": 20, "bee": 10})
+    write_folder(images / "test", {"ape": 2, "bee": 1})
+    first, count = decodes(images)
+    assert count == 33
+    second, count = decodes(images)
+    assert count == 0
+    for split in range(2):
+        for there, here in zip(first[split], second[split], strict=True):
+            np.testing.assert_array_equal(here, there)
+    assert second[2:] == first[2:]
+    assert decodes(images, image_size=5)[0].train.images.shape == (30, 5, 5, 3)
+    assert [decodes(images, image_size=5)[1], decodes(images)[1]] == [0, 0]  # neither takes the other's place
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".set-5.uint8", ".set.uint8", "set"]
+    shutil.rmtree(images / "train")  # what is left is tested on alone
+    assert [decodes(images)[1], decodes(images)[1]] == [3, 0]
+    assert "damaged" not in caplog.text
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    tmp_path.chmod(0o555)  # nothing can be kept beside it
+    try:
+        assert [decodes(images, image_size=4)[1], decodes(images, image_size=4)[1]] == [3, 0]
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_changed_folder_is_decoded_anew(tmp_path, decodes, monkeypatch):
+    images = tmp_path / "set"
+    write_folder(images, {"ape": 20, "bee": 10})
+    assert [decodes(images)[1], decodes(images)[1]] == [30, 0]
+    image = images / "bee" / "09.png"
+    size = image.stat().st_size
+    Image.fromarray(np.full((10, 12, 3), 51, np.uint8)).save(image)
+    assert image.stat().st_size == size
+    splits, count = decodes(images)
+    assert (count, splits.test.images[-1].max()) == (30, 51)
+    assert decodes(images)[1] == 0
+    image.rename(images / "ape" / "bee.png")
+    splits, count = decodes(images)
+    assert (count, np.bincount(splits.train.labels).tolist()) == (30, [19, 9])
+    (images / "ape" / "bee.png").unlink()
+    assert decodes(images)[1] == 29
+    (images / "bee" / "link.png").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"link.png cannot be read"):
+        decodes(images)
+    (images / "bee" / "link.png").unlink()
+    assert decodes(images)[1] == 0
+    monkeypatch.setattr(_folder.PIL, "__version__", "another")
+    assert decodes(images)[1] == 29
 
 
 def test_folder_whose_test_images_have_another_name(tmp_path):

@@ -6,10 +6,16 @@ to test on, without training images. Classes are numbered in the order of their 
 
 Photos are turned as their EXIF orientation says (JPEG's alone); an alpha channel is left out. Hidden files are passed
 over, and so, with a warning, are those of other suffixes.
+
+The decoded images are kept in .NAME.uint8/ (.NAME-SIZE.uint8/ where an image size is asked for) beside the folder NAME,
+or in $XDG_CACHE_HOME/rkd_jax/ (default ~/.cache/rkd_jax/) where that cannot be written, and decoded anew once a file is
+added, removed or renamed, or has another size or time of change.
 """
 
 import functools
+import hashlib
 import itertools
+import json
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -17,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 from absl import logging
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from rkd_jax.data import _prepared
+from rkd_jax import _files
+from rkd_jax.data import _cache, _prepared
 from rkd_jax.data.base import Split, Splits, hold_out, moments
 
 HELD_OUT = ("test", "val", "valid", "validation")
@@ -57,12 +65,16 @@ def load(path: str, image_size: int | None = None) -> Splits:
     if parts == [root]:
         why = f"{alike[0]}/ is a class, with no train/ beside it" if alike else "has no test/"
         logging.warning("%s %s: every tenth image of each class is held out to test on", root, why)
-    files = [_files(part, classes) for part in parts]
+    files = [_listed(part, classes) for part in parts]
     there = {label for _, label in files[0]}
     if parts != [held_out] and (empty := [name for label, name in enumerate(classes) if label not in there]):
         raise ValueError(
             f"{parts[0]} has no image of {', '.join(empty)} to train on; add some, or remove the sub-folder"
         )
+    caches, fingerprint = _caches(root.resolve(), image_size), _fingerprint(root, parts, classes, files)
+    for cache in caches:
+        if kept := _cache.read(cache, "folder", fingerprint):
+            return kept
     shape = _shape([file for part in files for file, _ in part], image_size)
     read = iter(_each(functools.partial(_read, shape=shape), [file for part in files for file, _ in part]))
     splits = [
@@ -74,14 +86,34 @@ def load(path: str, image_size: int | None = None) -> Splits:
     else:
         train, test = splits if len(splits) == 2 else hold_out(splits[0], f"config.dataset='folder:{path}'")
     images = train.images if len(train.images) else test.images
-    return Splits(train, test, len(classes), *moments(images), tuple(classes))
+    splits = Splits(train, test, len(classes), *moments(images), tuple(classes))
+    return _cache.keep(caches, "folder", "", fingerprint, splits)
+
+
+def _caches(root: Path, image_size: int | None) -> list[Path]:
+    """The folders where the decoded images may lie, the preferred first."""
+    name = f"{root.name}-{image_size}.uint8" if image_size else f"{root.name}.uint8"
+    return [root.parent / f".{name}", _files.cache() / f"folder-{_digest(str(root))[:16]}-{name}"]
+
+
+def _fingerprint(root: Path, parts: list[Path], classes: list[str], files: list[list[tuple[Path, int]]]) -> str:
+    """Changes with the files' names, classes, sizes and times of change, and with PIL's version."""
+    found = []
+    for file, label in itertools.chain(*files):
+        there = file.stat() if file.exists() else None  # where it is a link to nowhere, reading it says so
+        found.append((str(file.relative_to(root)), label, there and (there.st_size, there.st_mtime_ns)))
+    return _digest([PIL.__version__, [str(part.relative_to(root)) for part in parts], classes, found])
+
+
+def _digest(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def _classes(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
-def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+def _listed(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
     """The image files of a folder and their classes, in the order of class and name."""
     there = _classes(folder)
     if unknown := sorted(set(there) - set(classes)):

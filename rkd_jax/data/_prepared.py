@@ -14,9 +14,7 @@ import importlib.machinery
 import importlib.util
 import json
 import os
-import shutil
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,10 +26,10 @@ from absl import logging
 from PIL import Image
 
 from rkd_jax import _files
+from rkd_jax.data import _cache
 from rkd_jax.data.base import Split, Splits, hold_out, moments
 
 SIZE = 64  # pixels: the side to which images of unequal size are resized
-_FORMAT = 1  # of the cache; another number is decoded anew
 
 
 def load(name: str, data_dir: str = "", image_size: int | None = None) -> Splits:
@@ -50,28 +48,19 @@ def load(name: str, data_dir: str = "", image_size: int | None = None) -> Splits
         raise ValueError(_choose(name, there))
     caches = _caches(root, name, source, version, image_size)
     for cache in caches:
-        splits = _read(cache, name, source, image_size)
+        splits = _cache.read(cache, name, source and _fingerprint(source), image_size)
         if splits is not None:
-            return splits
+            names = splits.class_names or (_class_names(source, splits.num_classes) if source else ())
+            return splits._replace(class_names=names)
     if source is None:
-        if image_size and any(_read(cache, name, None, None) for cache in _caches(root, name, None, version, None)):
+        if image_size and any(_cache.read(cache, name) for cache in _caches(root, name, None, version, None)):
             raise ValueError(
                 f"config.image_size={image_size}: config.data_dir={str(root)!r} holds {name} decoded and at its own "
                 "size alone; to resize it takes the prepared set. Unset config.image_size, or name a folder that has it"
             )
         source = prepare(name, root, version)
         caches = _caches(root, name, source, version, image_size)
-    arrays = _decode(name, source, image_size)
-    for cache in caches:
-        try:
-            _write(cache, name, source.name, _fingerprint(source), arrays)
-        except OSError as error:
-            logging.info("No cache of %s written to %s: %s", name, cache, error)
-        splits = _read(cache, name, source, image_size)  # ours, or that of a process that was faster
-        if splits is not None:
-            return splits
-    logging.warning("Neither %s nor the user's cache folder can be written: %s is decoded at every start", root, name)
-    return arrays
+    return _cache.keep(caches, name, source.name, _fingerprint(source), _decode(name, source, image_size))
 
 
 # Where things lie.
@@ -105,65 +94,9 @@ def _caches(root: Path, name: str, source: Path | None, version: str, image_size
     ]
 
 
-# The cache: four .npy files and meta.json, in a folder that appears all at once.
-
-
 def _fingerprint(source: Path) -> str:
     """Changes when a set is prepared anew, under the same version too."""
     return hashlib.sha256((source / "dataset_info.json").read_bytes()).hexdigest()
-
-
-def _read(cache: Path, name: str, source: Path | None, image_size: int | None) -> Splits | None:
-    """The decoded set, memory-mapped; None if it is not there, of another preparation or size, or damaged."""
-    try:
-        meta = json.loads((cache / "meta.json").read_text())
-        if meta["format"] != _FORMAT or meta["name"] != name:
-            return None
-        if source is not None and meta["fingerprint"] != _fingerprint(source):
-            return None
-        splits = [
-            Split(np.load(cache / f"{split}_images.npy", mmap_mode="r"), np.load(cache / f"{split}_labels.npy"))
-            for split in ("train", "test")
-        ]
-        if image_size and splits[0].images.shape[1:3] != (image_size, image_size):
-            return None
-        num_classes = meta["num_classes"]
-        names = tuple(meta.get("class_names", ())) or (_class_names(source, num_classes) if source else ())
-        return Splits(*splits, num_classes, tuple(meta["mean"]), tuple(meta["std"]), names)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logging.warning("The cache %s is damaged (%s) and is not used", cache, error)
-        return None
-
-
-def _write(cache: Path, name: str, version: str, fingerprint: str, splits: Splits) -> None:
-    """Writes the cache under another name and moves it into place, so that no reader ever sees half of it."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    if not cache.parent.stat().st_mode & 0o222:  # what its owner made read-only stays so, for root too
-        raise PermissionError(f"{cache.parent} is read-only")
-    partial = Path(tempfile.mkdtemp(prefix=f".{cache.name}.", dir=cache.parent))
-    try:
-        for split, (images, labels) in (("train", splits.train), ("test", splits.test)):
-            np.save(partial / f"{split}_images.npy", images)
-            np.save(partial / f"{split}_labels.npy", labels)
-        meta = {
-            "format": _FORMAT,
-            "name": name,
-            "version": version,
-            "fingerprint": fingerprint,
-            "num_classes": splits.num_classes,
-            "mean": splits.mean,
-            "std": splits.std,
-            "class_names": splits.class_names,
-        }
-        (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-        partial.chmod(0o755)
-        if cache.exists():  # stale or damaged; another process may have been faster, which does no harm
-            shutil.rmtree(cache, ignore_errors=True)
-        partial.rename(cache)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 # Reading with TFDS.
@@ -370,19 +303,19 @@ def copy_cache(name: str, data_dir: str, target: Path) -> Path:
     source = _newest(root / name, version)
     if source is None:
         caches = _caches(root, name, source, version, None)
-        (meta, *_) = (json.loads((each / "meta.json").read_text()) for each in caches if _read(each, name, None, None))
+        (meta, *_) = (json.loads((each / "meta.json").read_text()) for each in caches if _cache.read(each, name))
     else:
         meta = {"version": source.name, "fingerprint": _fingerprint(source)}
     copy = target / name / f"{meta['version']}.uint8"
     if copy.exists():
         raise FileExistsError(f"--cache={str(target)!r} holds {copy.relative_to(target)} already; remove it first")
-    _write(copy, name, meta["version"], meta["fingerprint"], splits)
+    _cache.write(copy, name, meta["version"], meta["fingerprint"], splits)
     return copy
 
 
 def write_cache(name: str, target: Path, splits: Splits) -> None:
     """Writes arrays as the decoded cache of a set: `target` is then a config.data_dir."""
-    _write(target / name / "0.0.0.uint8", name, "0.0.0", "", splits)
+    _cache.write(target / name / "0.0.0.uint8", name, "0.0.0", "", splits)
 
 
 def _reach(name: str, root: Path, files: dict[str, str]) -> None:
