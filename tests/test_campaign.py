@@ -122,8 +122,8 @@ def short(monkeypatch):
     monkeypatch.setitem(cells.SCALES, "tiny", size._replace(overrides=size.overrides | fields))
 
 
-def go(out, minutes=9):
-    campaign.main(["--out", str(out), "--scale", "smoke", "--minutes", str(minutes)])
+def go(out, *flags, minutes=9):
+    campaign.main(["--out", str(out), "--scale", "smoke", "--minutes", str(minutes), *flags])
 
 
 def outcome(out):
@@ -188,6 +188,31 @@ def test_stopped_campaign_ends_as_one_in_one_go(short, tmp_path, monkeypatch, ca
     assert (metadata["kernels"], metadata["num_classes"], 0 <= metadata["top1"] <= 100) == ("float16", 100, True)
     table = tables.markdown([4], "tiny", tables.load(tmp_path / "c" / "results" / "tables", "tiny"))
     assert "Ours: 2 results" in table
+
+
+@pytest.mark.parametrize(
+    ("flags", "programs"),
+    [((), [["teacher"], ["cross_entropy", "kd"]]), (("--apart",), [["teacher"], ["cross_entropy"], ["kd"]])],
+)
+def test_runs_of_an_item_share_a_program_or_are_apart(short, tmp_path, monkeypatch, capsys, flags, programs):
+    members = tuple(cells.Cell(campaign.PAIR, name, 0) for name in ("teacher", "cross_entropy", "kd"))
+    monkeypatch.setattr(campaign, "items", lambda scale: [campaign.Item("fair", members)])
+    monkeypatch.setattr(campaign.Campaign, "lacking", lambda self, item: "")
+    found = []
+
+    def execute(group, *args, together):
+        assert together == len(group)
+        found.append([each.cells[0].name for each in group])
+        for each in group:
+            each.folder.mkdir(parents=True)
+            (each.folder / "metrics.jsonl").write_text('{"step": 6, "images_per_second": 8.0}\n')
+        return {"fair": MemoryError("none")}  # so that nothing is done, and all is estimated
+
+    monkeypatch.setattr(run, "execute", execute)
+    go(tmp_path / "out", *flags)
+    assert found == programs
+    seconds = 12 * 8 / 8 * len(programs)  # 12 steps of 8 images, at 8 images a second
+    assert f"next: fair, about 0:00:{seconds:02.0f} from step 0 of 12 of training" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -325,7 +350,7 @@ def test_folder_in_which_another_slice_is_under_way_is_left_alone(minutes, tmp_p
         run_folder.locked(tmp_path),
         pytest.raises(SystemExit, match=r"Error: --out=.*: another slice is under way there; wait for it, or stop it$"),
     ):
-        go(tmp_path, minutes)
+        go(tmp_path, minutes=minutes)
     assert not list(tmp_path.iterdir())
 
 

@@ -135,6 +135,7 @@ def test_a_folder_is_written_with_its_kind(tmp_path):
     ("name", "message"),
     [
         ("cifar10O", r"config.dataset='cifar10O' is no data set; did you mean 'cifar100'\?"),
+        ("cifar10", r"did you mean 'cifar100'\? There are .*, tfds:NAME for a set of TFDS \(tfds:cifar10, if that is"),
         ("augment", r"config.dataset='augment' is no data set. There are cifar100, digits, tiny_imagenet, tfds:NAME"),
         ("tfds:mnisst", r"'tfds:mnisst' is no set of TFDS; did you mean 'tfds:mnist'\?"),
         ("tfds:mnist:9.9.9", r"config.dataset='tfds:mnist:9.9.9': this TFDS prepares 3.0.1; take one of them"),

@@ -61,7 +61,8 @@ def load(
         raise ValueError(
             f"config.dataset={name!r} is no data set"
             + (f"; did you mean {near[0]!r}?" if near else ".")
-            + f" There are {', '.join(names())}, tfds:NAME for a set of TFDS and folder:PATH for images of your own."
+            + f" There are {', '.join(names())}, tfds:NAME for a set of TFDS (tfds:{name}, if that is one) and "
+            "folder:PATH for images of your own."
         )
     return splits._replace(
         train=subset(splits.train, num_train, f"config.num_train={num_train}", f"training images of {name}"),

@@ -111,8 +111,9 @@ class Campaign:
         dtype: str | None,
         limit: int,
         chosen: Sequence[str] = (),
+        apart: bool = False,
     ):
-        self.out, self.scale, self.limit = out, scale, limit
+        self.out, self.scale, self.limit, self.apart = out, scale, limit, apart
         listed = {item.name: item for item in items(scale)}
         if unknown := [name for name in chosen if name not in listed]:
             raise ValueError(f"--items: {unknown[0]!r} is not in the list; it has {', '.join(listed)}")
@@ -239,7 +240,7 @@ class Campaign:
         before = self.record["items"].pop(item.name, {})
         print(f"\n== {item.name}", flush=True)
         planned, errors = self.plan(item), {}
-        for group in run.groups(run.missing(planned, self.results, self._cells_scale), len(planned)):
+        for group in self._groups(planned):
             if self.left() < SCALES[self.scale].least:
                 return False
             errors |= run.execute(group, self.results, self._cells_scale, together=len(group))
@@ -252,6 +253,11 @@ class Campaign:
             self._note(item, state="failed" if errors else "done", **facts, **note)
             self.save()
         return True
+
+    def _groups(self, planned: Sequence[run.Run]) -> list[list[run.Run]]:
+        """Those of an item's runs that are left, in the programs that train them."""
+        missing = run.missing(planned, self.results, self._cells_scale)
+        return run.groups(missing, 1 if self.apart else len(planned))
 
     def _benchmark(self, item: Item) -> dict[str, Any] | None:
         """Runs a benchmark in a process of its own, before this one takes the device; None: the slice was too short."""
@@ -367,7 +373,7 @@ class Campaign:
         if item.command:
             return f"about {timedelta(seconds=item.seconds)}"
         seconds, where = 0.0, ""
-        for group in run.groups(run.missing(self.plan(item), self.results, self._cells_scale), len(item.members)):
+        for group in self._groups(self.plan(item)):
             config, folder = group[0].config, group[0].folder
             lines = _files.read_lines(folder / "metrics.jsonl")
             speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
@@ -469,6 +475,9 @@ def main(arguments: Sequence[str] | None = None) -> bool:
         help="they hold teachers that need not be trained, as DIR/NAME or DIR/NAME/best; default: the repository's",
     )  # fmt: skip
     parser.add_argument("--items", nargs="+", default=(), metavar="ITEM", help="of the list these alone")
+    parser.add_argument(
+        "--apart", action="store_true", help="each run in a program of its own: slower in all, but each ends sooner"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--state_mib", type=int, default=64, help="warn where DIR/state takes more")
     flags = parser.parse_args(arguments)
@@ -480,8 +489,9 @@ def main(arguments: Sequence[str] | None = None) -> bool:
             data_dir = str(flags.out / "data")
             _random_data(flags.out / "data")
         campaign = Campaign(
-            flags.out, flags.scale, flags.minutes, data_dir, flags.dtype, flags.state_mib << 20, flags.items
-        )
+            flags.out, flags.scale, flags.minutes, data_dir, flags.dtype, flags.state_mib << 20, flags.items,
+            flags.apart,
+        )  # fmt: skip
         if flags.minutes > 0:
             campaign.check_data()
         for folder in flags.teachers:
