@@ -204,7 +204,7 @@ def test_runs_of_an_item_share_a_program_or_are_apart(short, tmp_path, monkeypat
         assert together == len(group)
         found.append([each.cells[0].name for each in group])
         for each in group:
-            each.folder.mkdir(parents=True)
+            each.folder.mkdir(parents=True, exist_ok=True)
             (each.folder / "metrics.jsonl").write_text('{"step": 6, "images_per_second": 8.0}\n')
         return {"fair": MemoryError("none")}  # so that nothing is done, and all is estimated
 
@@ -213,6 +213,11 @@ def test_runs_of_an_item_share_a_program_or_are_apart(short, tmp_path, monkeypat
     assert found == programs
     seconds = 12 * 8 / 8 * len(programs)  # 12 steps of 8 images, at 8 images a second
     assert f"next: fair, about 0:00:{seconds:02.0f} from step 0 of 12 of training" in capsys.readouterr().out
+    (metrics,) = (tmp_path / "out" / "work").rglob("kd*/metrics.jsonl")
+    metrics.unlink()
+    go(tmp_path / "out", *flags, minutes=0)
+    left = "more than 0:00:24" if flags else "about 0:00:24"  # alone in its program, or not
+    assert f"next: fair, {left} from step 0 of 12 of training" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -372,18 +372,19 @@ class Campaign:
         """How long an item will take, by the images per second measured in it."""
         if item.command:
             return f"about {timedelta(seconds=item.seconds)}"
-        seconds, where = 0.0, ""
+        seconds, where, known = 0.0, "", "about"
         for group in self._groups(self.plan(item)):
             config, folder = group[0].config, group[0].folder
             lines = _files.read_lines(folder / "metrics.jsonl")
             speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
             if not speeds:
-                return "time unknown"
+                known = "more than"  # this program's time is not known yet
+                continue
             images = len(experiment.load_splits(experiment.Fields(config.to_dict())).train.labels)
             steps, done = images // config.batch_size * config.num_epochs, _saved(folder)
             seconds += (steps - done) * config.batch_size / speeds[-1]
             where = f" from step {done:,} of {steps:,}"
-        return f"about {timedelta(seconds=round(seconds))}{where} of training"
+        return f"{known} {timedelta(seconds=round(seconds))}{where} of training" if where else "time unknown"
 
 
 def halve(source: Path, target: Path, **facts: Any) -> None:
