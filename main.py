@@ -43,6 +43,7 @@ def main(argv):
         else:
             evaluate.run(CONFIG.value, workdir, None if NAMED else given, given)
     except Exception as error:
+        _flags.end_if_unread(error)
         foreseen, place = isinstance(error, EXPECTED), _flags.own_code(error)
         if TRACEBACK.value or not (foreseen or place):
             raise

@@ -167,11 +167,16 @@ def one_sentence(arguments: argparse.Namespace, **names: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError, MemoryError) as error:
-        if isinstance(error, BrokenPipeError) and _has_no_reader():  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
-            sys.exit(128 + signal.SIGPIPE)
+        end_if_unread(error)
         said = re.sub(r"config\.(\w+)", lambda field: words.get(field[1], field[0]), str(error))
         sys.exit(f"Error: {said}" + (f"\n(in {place})" if (place := own_code(error)) else ""))
+
+
+def end_if_unread(error: Exception) -> None:
+    """Ends the program, without a word, where the error is that `| head` has seen enough."""
+    if isinstance(error, BrokenPipeError) and _has_no_reader():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _has_no_reader() -> bool:

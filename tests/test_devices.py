@@ -143,12 +143,19 @@ def test_no_device(command, teacher, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["rkd_jax.methods kd dkd", "rkd_jax.report.run --table 4 --dry_run"])
-def test_reader_that_has_seen_enough_is_no_error(command):
+@pytest.mark.parametrize(
+    "command",
+    [
+        "rkd_jax.methods kd dkd",
+        "rkd_jax.report.run --table 4 --dry_run",
+        "main --mode=eval --workdir TEACHER --config.num_test=8",
+    ],
+)
+def test_reader_that_has_seen_enough_is_no_error(command, teacher):
     """As `| head` does: the pipe is closed before the command writes."""
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as closed:
-        command = [sys.executable, "-m", *command.split()]
+        command = [sys.executable, "-m", *command.replace("TEACHER", str(teacher)).split()]
         done = subprocess.run(command, cwd=ROOT, stdout=closed, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
