@@ -632,6 +632,9 @@ def test_decoded_folder_is_kept(tmp_path, decodes, caplog, monkeypatch):
     assert decodes(images, image_size=5)[0].train.images.shape == (30, 5, 5, 3)
     assert [decodes(images, image_size=5)[1], decodes(images)[1]] == [0, 0]  # neither takes the other's place
     assert sorted(path.name for path in tmp_path.iterdir()) == [".set-5.uint8", ".set.uint8", "set"]
+    images.chmod(0o710)
+    decodes(images, image_size=6)
+    assert (tmp_path / ".set-6.uint8").stat().st_mode & 0o777 == 0o710
     shutil.rmtree(images / "train")  # what is left is tested on alone
     assert [decodes(images)[1], decodes(images)[1]] == [3, 0]
     assert "damaged" not in caplog.text

@@ -3,7 +3,7 @@
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,8 +37,11 @@ def read(folder: Path, name: str, fingerprint: str | None = None, image_size: in
         return None
 
 
-def write(folder: Path, name: str, version: str, fingerprint: str, splits: Splits) -> None:
-    """Writes a set under another name and moves it into place, so that no reader ever sees half of it."""
+def write(folder: Path, name: str, version: str, fingerprint: str, splits: Splits, mode: int = 0o755) -> None:
+    """Writes a set under another name and moves it into place, so that no reader ever sees half of it.
+
+    mode: the folder's permissions.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not folder.parent.stat().st_mode & 0o222:  # what its owner made read-only stays so, for root too
         raise PermissionError(f"{folder.parent} is read-only")
@@ -58,7 +61,7 @@ def write(folder: Path, name: str, version: str, fingerprint: str, splits: Split
             "class_names": splits.class_names,
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-        partial.chmod(0o755)
+        partial.chmod(mode)
         if folder.exists():  # stale or damaged; another process may have been faster, which does no harm
             shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -66,11 +69,13 @@ def write(folder: Path, name: str, version: str, fingerprint: str, splits: Split
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def keep(folders: Iterable[Path], name: str, version: str, fingerprint: str, splits: Splits) -> Splits:
+def keep(
+    folders: Sequence[Path], name: str, version: str, fingerprint: str, splits: Splits, mode: int = 0o755
+) -> Splits:
     """Writes a set to the first of these folders that takes it; as it lies there, memory-mapped."""
     for folder in folders:
         try:
-            write(folder, name, version, fingerprint, splits)
+            write(folder, name, version, fingerprint, splits, mode)
         except OSError as error:
             logging.info("No cache of %s written to %s: %s", name, folder, error)
         kept = read(folder, name, fingerprint)  # ours, or that of a process that was faster

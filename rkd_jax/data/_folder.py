@@ -87,7 +87,8 @@ def load(path: str, image_size: int | None = None) -> Splits:
         train, test = splits if len(splits) == 2 else hold_out(splits[0], f"config.dataset='folder:{path}'")
     images = train.images if len(train.images) else test.images
     splits = Splits(train, test, len(classes), *moments(images), tuple(classes))
-    return _cache.keep(caches, "folder", "", fingerprint, splits)
+    mode = 0o700 | root.stat().st_mode & 0o777  # seen by those who see the images
+    return _cache.keep(caches, "folder", "", fingerprint, splits, mode)
 
 
 def _caches(root: Path, image_size: int | None) -> list[Path]:
