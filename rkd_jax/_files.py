@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Set
@@ -26,8 +27,17 @@ def read_json(
 def write_json(path: Path, value: Any) -> None:
     """Writes a file under another name and moves it into place, so that no reader, nor a kill, sees half of it."""
     fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(json.dumps(value, indent=1) + "\n")
+    fresh.write_text(json.dumps(plain(value), indent=1) + "\n")
     fresh.replace(path)
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON can hold it: None in place of numbers that are not finite, which other readers refuse."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

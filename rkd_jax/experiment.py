@@ -22,11 +22,11 @@ VIEWS = ("weak", "strong")
 MOST_SEED = 2**32 - 1  # jax.random.key would drop the bits above
 MOST_STEPS = 2**31 - 1  # of the state's int32
 SMOKE = {"batch_size": 8, "num_train": 32, "num_test": 16, "num_steps": 4, "log_every": 2, "eval_batch_size": 16}
-# The fields, beside those of methods, that may be None.
-UNSET = (
-    "image_size", "num_train", "num_test", "num_steps", "data_seed", "fold_teacher", "stream", "steps_per_call",
-    "log_every",
-)  # fmt: skip
+# The fields, beside those of methods, that may be None; and what they are where they are not.
+UNSET = {
+    "image_size": int, "num_train": int, "num_test": int, "num_steps": int, "data_seed": int, "fold_teacher": bool,
+    "stream": bool, "steps_per_call": int, "log_every": int,
+}  # fmt: skip
 LOG_EVERY = 50  # steps, on a CPU
 STEP_OPTIONS = ("decay_epochs", "decay_factor")  # what the schedule "step" takes
 VIEW_OPTIONS = ("crop_padding", "flip", "rotation")  # what the views of this package take
@@ -35,7 +35,8 @@ OFF = {
     "momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "decay_epochs": (), "decay_factor": 1.0, "crop_padding": 0,
     "flip": False, "rotation": 0.0,
 }  # fmt: skip
-TEACHER_OPTIONS = ("teacher", "teacher_checkpoint")  # what a method with a teacher takes
+# What a method with a teacher takes, with the values that do nothing.
+TEACHER_OPTIONS = {"teacher": "", "teacher_checkpoint": "", "fold_teacher": None}
 # What a run's config.json has beside the fields, so that it is not gone on with from something else.
 FINGERPRINTS = {
     "teacher_fingerprint": "another network as its teacher",
@@ -108,8 +109,13 @@ class Fields:
             raise ValueError(f"the config lacks the field {name!r}; start from configs/default.py, which has it")
         if self._config[name] is None and name not in UNSET:
             raise ValueError(f"config.{name} is None; give it a value, as configs/default.py does")
+        value, kind = self._config[name], UNSET.get(name)
+        if kind is bool and not (value is None or isinstance(value, bool)):
+            raise ValueError(f"config.{name}={value!r} is neither True nor False")
+        if kind is int and (isinstance(value, bool) or not isinstance(value, int | np.integer | None)):
+            raise ValueError(f"config.{name}={value!r} is no whole number")
         self._read.add(name)
-        return self._config[name]
+        return value
 
     def fill(self, values: Mapping[str, Any]) -> None:
         """Gives values to fields that are None."""
@@ -326,6 +332,8 @@ def _optimization(
         fields.schedule, fields.at_least("learning_rate", 0), num_steps=num_steps, steps_per_epoch=steps_per_epoch,
         warmup_epochs=fields.at_least("lr_warmup_epochs", 0, fields.num_epochs), **falls,
     )  # fmt: skip
+    if fields.nesterov and not fields.momentum and {"momentum", "nesterov"} <= {*optim.taken(fields.optimizer)}:
+        raise ValueError("config.nesterov=True does nothing without momentum; set config.momentum above 0, or leave it")
     options = {
         "momentum": fields.at_least("momentum", 0, 0.9999),
         "nesterov": fields.nesterov,
@@ -347,7 +355,7 @@ def _unused(fields: Fields) -> dict[str, Any]:
 def check_used(configs: Sequence[ConfigDict], given: Iterable[str]) -> None:
     """ValueError where a field that was given by hand, and not switched off, does nothing in any of the configs."""
     idle = [_idle(config) for config in configs]
-    off = OFF | dict.fromkeys(TEACHER_OPTIONS, "")
+    off = OFF | TEACHER_OPTIONS
     for field in sorted(off.keys() & {*given} - {"weight_decay"}):  # which is an error, given or not
         if all(field in fields and config[field] != off[field] for config, fields in zip(configs, idle, strict=True)):
             owner = idle[0][field]
@@ -402,6 +410,12 @@ def alone(config: ConfigDict, network: str) -> ConfigDict:
     return copy
 
 
+def forget_teacher(config: ConfigDict) -> None:
+    """Leaves out of a run's record which teacher it had, for one that is trained here."""
+    if "teacher_fingerprint" in config:
+        config.teacher_fingerprint = ""
+
+
 def drop_foreign(configs: Sequence[ConfigDict], keep: Sequence[Set[str]]) -> None:
     """Deletes from each config the fields of custom methods that its own method lacks, except those in its `keep`."""
     known = [_method_fields(config) for config in configs]
@@ -414,6 +428,14 @@ def drop_foreign(configs: Sequence[ConfigDict], keep: Sequence[Set[str]]) -> Non
 
 def _method_fields(values: Mapping[str, Any]) -> set[str]:
     return set(values) & set(methods.fields(*methods.own(values)))
+
+
+def kinds(config: ConfigDict) -> dict[str, type]:
+    """The type of each field of a config, of those that are None too; a run's config.json says no more of these."""
+    found = {name: config.get_type(name) for name in config}
+    known = {name: type(value) for name, value in OFF.items()} | UNSET
+    known |= methods.fields(*methods.own(config))
+    return found | {name: known[name] for name, kind in found.items() if kind is type(None) and name in known}
 
 
 def create_method(config: ConfigDict) -> methods.Distiller:

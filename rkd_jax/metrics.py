@@ -68,7 +68,8 @@ class Writer:
         """Writes the metrics as of `step`, of one kind: "train" or "test"."""
         epoch = step / self._steps_per_epoch
         with _files.writing(self._path):
-            self._file.write(json.dumps({"step": step, "epoch": round(epoch, 4), "kind": kind, **metrics}) + "\n")
+            line = {"step": step, "epoch": round(epoch, 4), "kind": kind, **metrics}
+            self._file.write(json.dumps(_files.plain(line)) + "\n")
             self._file.flush()
             for name, value in metrics.items() if self._board else ():
                 self._board.add_scalar(f"{kind}/{name}", value, step)

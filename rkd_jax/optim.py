@@ -32,9 +32,9 @@ def create_schedule(
         raise ValueError(f"config.schedule={name!r} is neither 'step' nor 'cosine'")
     if name == "step":
         boundaries: dict[int, float] = {}
-        for epoch in decay_epochs:  # two may fall into one step
-            step = round(epoch * steps_per_epoch)
-            boundaries[step] = boundaries.get(step, 1.0) * decay_factor
+        for epoch in decay_epochs:  # two may fall into one step, and some behind the last
+            if (step := round(epoch * steps_per_epoch)) < num_steps:
+                boundaries[step] = boundaries.get(step, 1.0) * decay_factor
         schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
     else:
         schedule = optax.cosine_decay_schedule(learning_rate, num_steps)

@@ -1,6 +1,7 @@
 """A run's folder: which config's it is, and who may write there."""
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ KINDS = {
     "one run": ("config.json",),
     "a sweep (config.sweep)": ("*=*/config.json",),
     "a comparison (config.compare)": ("alone/config.json", "teacher/config.json"),
+    "a chain of runs (takd)": ("assistants/*/config.json",),
 }
 PUT_BACK = "put it back (a finished run has it in its summary.json), or name another folder"
 
@@ -42,6 +44,25 @@ def claim(workdir: Path, config: Mapping[str, Any], alone: bool = False) -> bool
         there = _files.read_json(path, PUT_BACK)
     except OSError as error:
         raise OSError(f"--workdir={workdir} cannot be written ({error}); name another") from error
+    _agree(workdir, there, config)
+    return free
+
+
+def check(workdir: Path, config: Mapping[str, Any]) -> None:
+    """ValueError where a folder holds a run that differs from a config in a field that both have a value of.
+
+    For a run that others come before, whose other values are not known yet.
+    """
+    path = workdir / "config.json"
+    if path.exists() and has_begun(workdir):
+        there, here = _files.read_json(path, PUT_BACK), json.loads(json.dumps(config))
+        both = [name for name in there if None not in (there[name], here.get(name))]
+        both = [name for name in both if name not in experiment.FINGERPRINTS]
+        _agree(workdir, *({name: values[name] for name in both} for values in (there, here)))
+
+
+def _agree(workdir: Path, there: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """ValueError where a config is not that of the run in a folder."""
     names = [name for name in {**there, **config} if name not in NOT_COMPUTED + MAY_CHANGE]
     means = {name: f" ({what})" for name, what in experiment.FINGERPRINTS.items()}
     differences = [
@@ -54,7 +75,6 @@ def claim(workdir: Path, config: Mapping[str, Any], alone: bool = False) -> bool
             f"--workdir={workdir} holds a run of another config; name another folder, remove this one, or use "
             "that run's values:\n" + "\n".join(differences)
         )
-    return free
 
 
 def check_kind(workdir: Path, kind: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from rkd_jax import _devices, _files, evaluate, experiment, models, processes, provenance, run_folder, train
+from rkd_jax import _devices, _files, evaluate, experiment, methods, models, processes, provenance, run_folder, train
 from rkd_jax.methods import takd
 
 
@@ -19,8 +19,10 @@ def run(config: ConfigDict, workdir: str | os.PathLike, given: Collection[str] =
 
     given: the fields that were set by hand, of which one that does nothing is an error.
     """
-    single, several, both = run_folder.KINDS
+    single, several, both, links = run_folder.KINDS
     kind = several if config.get("sweep") else both if config.get("compare") else single
+    if kind == single and len(chain(config)) > 1:
+        kind = links
     experiment.check_used([member for _, member in expand(config)] if kind == several else [config], given)
     _devices.start()
     processes.meet()
@@ -47,6 +49,7 @@ def distil(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
         return train.train_and_evaluate(config, workdir)
     for link in links[1:]:
         experiment.rehearse(link)
+    processes.in_lead(lambda: run_folder.check(Path(workdir), experiment.shrink(links[-1])))
     checkpoint = config.teacher_checkpoint
     for link in links:
         link.teacher_checkpoint = checkpoint
@@ -61,6 +64,11 @@ def chain(config: ConfigDict) -> list[ConfigDict]:
     method, links = experiment.create_method(config), []
     if not isinstance(method, takd.Method):
         return [config]
+    if "teacher_fingerprint" in config:
+        raise ValueError(
+            f"config.teacher_fingerprint: this is the record of the last run of a chain (config.method="
+            f"{config.method!r}), whose teacher is an assistant; start from the config that the chain came from"
+        )
     for teacher, student in method.links(config.teacher, config.student):
         link = config.copy_and_resolve_references()
         link.update(teacher=teacher, student=student, assistant=method.assistant)
@@ -146,11 +154,12 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
     """
     members: list[tuple[str, ConfigDict]] = []
     swept: list[set[str]] = []  # of each member
+    kinds = experiment.kinds(config)
     for choice in itertools.chain.from_iterable(itertools.product(*axes) for axes in _axes(config)):
         member = config.copy_and_resolve_references()
         member.sweep = ""
         for field, value in choice:
-            member[field] = parse(field, value, config.get_type(field))
+            member[field] = parse(field, value, kinds[field])
         experiment.check_used([member], [field for field, _ in choice])
         if any(other.to_dict() == member.to_dict() for _, other in members):
             raise ValueError(f"config.sweep={config.sweep!r} names a student twice; name each once")
@@ -175,15 +184,17 @@ def _axes(config: ConfigDict) -> list[list[list[tuple[str, str]]]]:
             field, equals, values = word.partition("=")
             if equals and field not in config:
                 near = difflib.get_close_matches(field, config, 1)
-                raise ValueError(
-                    f"config.sweep={config.sweep!r}: {field!r} is no field of the config"
-                    + (f"; did you mean {near[0]!r}?" if near else "; all are in configs/default.py")
-                )
+                mend = f"did you mean {near[0]!r}?" if near else "all are in configs/default.py"
+                if field in methods.fields():
+                    mend = "a run's config.json has those of its own method; start from a config that has all"
+                raise ValueError(f"config.sweep={config.sweep!r}: {field!r} is no field of the config; {mend}")
             if not equals or not values or field == "sweep":
                 raise ValueError(
                     f"config.sweep={config.sweep!r}: {word!r} is not FIELD=VALUE,VALUE,... of a field of the config; "
                     'write, say, --config.sweep="lam=0.1,1,5 seed=0,1"'
                 )
+            if field in ("compare", "smoke"):
+                raise ValueError(f"config.sweep={config.sweep!r}: {field} is of the whole sweep; set config.{field}")
             if any(field == other for axis in axes for other, _ in axis):
                 raise ValueError(f"config.sweep={config.sweep!r} varies {field} twice; name all its values at once")
             axes.append([(field, value) for value in values.split(",")])
@@ -193,7 +204,7 @@ def _axes(config: ConfigDict) -> list[list[list[tuple[str, str]]]]:
 
 def parse(field: str, value: str, kind: type) -> Any:
     """A field's value from a word; ValueError where it is none of that kind, or a list."""
-    if kind is tuple:
+    if kind in (tuple, list):
         raise ValueError(f"config.sweep: {field} is a list of numbers, which a sweep cannot vary; start a run for each")
     if kind is bool and value.lower() in ("true", "false"):
         return value.lower() == "true"
@@ -218,13 +229,13 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
     config = config.copy_and_resolve_references()
     config.compare = False
     method = experiment.create_method(config)
-    models.resolve(config.student)
-    models.resolve(config.teacher, field="config.teacher")
     if not method.needs_teacher:
         raise ValueError(
             f"config.compare trains a student with and without its teacher, and config.method={config.method!r} has "
             "none; set config.compare=False"
         )
+    models.resolve(config.student)
+    models.resolve(config.teacher, field="config.teacher")
     for link in chain(config):  # what is wrong about the last run is said before the first
         experiment.rehearse(link)
     if config.teacher_checkpoint:
@@ -238,6 +249,7 @@ def compare(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, An
         summary = train.train_and_evaluate(teacher, workdir / "teacher")
         rows.append({"role": "teacher", "network": config.teacher, "method": "cross_entropy", **summary})
         config.teacher_checkpoint = str(workdir / "teacher" / "last")
+        experiment.forget_teacher(config)
     summary = train.train_and_evaluate(experiment.alone(config, config.student), workdir / "alone")
     rows.append({"role": "student alone", "network": config.student, "method": "cross_entropy", **summary})
     summary = distil(config, workdir / "distilled")

@@ -27,7 +27,7 @@ from rkd_jax import (
     run_folder,
     steps,
 )  # fmt: skip
-from rkd_jax.checkpoint import Checkpoints, save_network
+from rkd_jax.checkpoint import Checkpoints, read_metadata, save_network
 from rkd_jax.metrics import Clock, Silent, Writer
 
 # Fields that students of one program may have of their own, beside those of their methods.
@@ -225,7 +225,19 @@ class Student:
             return None
         template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.state)
         state, progress = found or (template, None)
-        return processes.agree_arrays(state), processes.agree(progress)
+        return processes.agree_arrays(state), processes.agree(progress and self._with_best(progress, step))
+
+    def _with_best(self, progress: dict[str, Any], step: int) -> dict[str, Any]:
+        """A checkpoint's progress, with the best network that lies in the folder.
+
+        Networks are written before the checkpoint that tells of them. A kill between the two leaves one of a later
+        step, which the run comes to again, on a GPU perhaps with other rounding.
+        """
+        if (self.workdir / "best" / "metadata.json").exists():
+            metadata = read_metadata(self.workdir / "best")
+            if metadata.get("step", 0) > step and progress["best"] and metadata["top1"] > progress["best"]["top1"]:
+                return progress | {"best": {name: metadata.get(name) for name in progress["best"]}}
+        return progress
 
     def totals(self) -> dict[str, np.ndarray]:
         """The sums of the metrics since the last log."""
@@ -368,7 +380,7 @@ def _check_shared(runs: Sequence[experiment.Experiment], folders: Sequence[Path]
 
     first = runs[0]
     for i, run in enumerate(runs[1:], start=1):
-        own = {*PER_STUDENT, *TEACHER, *run_folder.NOT_COMPUTED}
+        own = {*PER_STUDENT, *TEACHER, "teacher_checkpoint", "student_checkpoint"}
         own |= {*methods.hyperparameters(run.method), *methods.hyperparameters(first.method)}
         # Of views of one's own, the fields of the others are None.
         check(i, 0, ("views", *(name for name in run.config if name not in own)))
@@ -421,6 +433,7 @@ def _facts(run: experiment.Experiment, result: dict[str, Any]) -> dict[str, Any]
         "step": result["step"],
         "top1": result["top1"],
         "top5": result["top5"],
+        "loss": result["loss"],
     }
 
 

@@ -42,6 +42,11 @@ def test_cosine_is_pytorchs():
     np.testing.assert_allclose(rates("cosine", range(40), 0.3, num_steps=40), theirs, rtol=1e-5, atol=1e-7)
 
 
+def test_rate_that_falls_behind_the_last_step_does_not_fall():
+    assert rates("step", (2998, 2999), decay_epochs=(300, 10**12)) == [np.float32(0.025)] * 2
+    jax.jit(optim.create_schedule("step", 0.1, decay_epochs=(10**9,), **STEPS))(jnp.int32(0))  # nor overflows
+
+
 @pytest.mark.parametrize("name", optim.SCHEDULES)
 def test_warm_up_rises_to_the_schedule(name):
     plain = np.array(rates(name, range(30), decay_epochs=(1,)))
@@ -215,6 +220,7 @@ def test_config_that_cannot_be(tiny, tmp_path, fields, complaint):
         ({"optimizer": "optax:adamw"}, ["momentum"], "momentum=0.9", "optimizer"),
         ({"schedule": "cosine"}, ["decay_epochs"], r"decay_epochs=\(.*\)", "schedule"),
         ({"method": "cross_entropy"}, ["teacher_checkpoint"], "teacher_checkpoint='.*'", "method"),
+        ({"method": "cross_entropy", "fold_teacher": True}, ["fold_teacher"], "fold_teacher=True", "method"),
         ({"views": "test_train:cropped"}, ["crop_padding"], "crop_padding=1", "views"),
         ({"sweep": "schedule=cosine decay_factor=0.1,0.2"}, [], "decay_factor=0.1", "schedule"),
         ({"sweep": "schedule=cosine seed=0,1"}, ["decay_factor"], "decay_factor=0.1", "schedule"),

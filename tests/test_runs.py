@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, SLOW
+from ml_collections import ConfigDict
 from PIL import Image
 from test_methods import MINE
 
@@ -57,6 +58,8 @@ def test_comparison_trains_teacher_student_and_both(tiny, tmp_path, capsys):
         ({"teacher": ""}, "config.teacher='' is no network"),
         ({"gamma": 1.0}, "gamma=1.0 is"),
         ({"method": "cross_entropy"}, "'cross_entropy' has none; set config.compare=False"),
+        ({"method": "cross_entropy", "teacher": ""}, "'cross_entropy' has none; set config.compare=False"),
+        ({"method": "takd", "assistant": "resnet8>"}, "config.assistant='resnet8>' has an empty name; write, say,"),
         ({"method": "mlkd"}, "config.views='weak' gives one"),
         ({"method": "takd"}, "config.assistant is not set"),
         ({"method": "takd", "assistant": "resnet8>resnet99"}, "config.assistant='resnet99' is no network"),
@@ -122,6 +125,60 @@ def test_one_folder_is_of_one_kind(kind, tiny, tmp_path):
             runs.run(kinds[other], tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
     runs.run(kinds[kind], tmp_path)  # which is finished
+
+
+def test_chain_finds_another_run_in_its_folder_before_it_trains(resnets, tmp_path, monkeypatch):
+    def trained(config, workdir):
+        raise RuntimeError(f"{workdir} was trained")
+
+    monkeypatch.setattr(train, "train_and_evaluate", trained)
+    chain = resnets(method="takd", assistant="resnet14", seed=5)
+    (tmp_path / "kd").mkdir()
+    (tmp_path / "kd" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds one run, and this is a chain of runs \(takd\); name another folder"):
+        runs.run(chain, tmp_path / "kd")
+    assistant = tmp_path / "takd" / "assistants" / "resnet14"
+    assistant.mkdir(parents=True)
+    (assistant / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds a chain of runs \(takd\), and this is one run; name another folder"):
+        runs.run(resnets(), tmp_path / "takd")
+    last = experiment.shrink(runs.chain(chain)[-1])
+    metadata = {"network": "resnet8", "num_classes": 10, "mean": [0.5], "std": [0.5]}
+    checkpoint.save_network(tmp_path / "takd" / "best", {"params": {}}, metadata)
+    own = {"temperature": 4.0, "teacher_fingerprint": "of the assistant"}  # which are not known yet
+    for there, error, message in (
+        ({"assistant": "resnet20"}, ValueError, r"values:\n  config.assistant: 'resnet20' there, 'resnet14' here$"),
+        ({"seed": 4}, ValueError, r"values:\n  config.seed: 4 there, 5 here$"),
+        ({}, RuntimeError, "resnet14 was trained"),
+    ):
+        (tmp_path / "takd" / "config.json").write_text(json.dumps(last | own | there))
+        with pytest.raises(error, match=message):
+            runs.run(chain, tmp_path / "takd")
+    shutil.rmtree(tmp_path / "takd" / "best")  # so that nothing was saved: it is no run yet
+    (tmp_path / "takd" / "config.json").write_text(json.dumps(last | {"seed": 4}))
+    with pytest.raises(RuntimeError, match="resnet14 was trained"):
+        runs.run(chain, tmp_path / "takd")
+
+
+def test_record_of_a_run_in_a_comparison_and_a_chain(tiny, tmp_path, monkeypatch):
+    """A record names the teacher that its run had: not that which a comparison trains, and of a chain an assistant."""
+    begun = []
+
+    def stand_in(config, workdir):
+        begun.append((workdir.name, config.get("teacher_fingerprint")))
+        return {"parameters": 1, "last": {"top1": 1.0}}
+
+    monkeypatch.setattr(train, "train_and_evaluate", stand_in)
+    record = ConfigDict(experiment.build(tiny()).config)
+    assert record.teacher_fingerprint
+    record.teacher_checkpoint = ""
+    runs.compare(record, tmp_path)
+    assert begun[-1] == ("distilled", "")
+    record.method = "takd"
+    with record.unlocked():
+        record.assistant = "resnet14"
+    with pytest.raises(ValueError, match=r"this is the record of the last run of a chain .*'takd'.*; start from the"):
+        runs.run(record, tmp_path / "chain")
 
 
 def test_comparison_evaluates_a_given_teacher(tiny, tmp_path):

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 from conftest import SLOW
+from ml_collections import ConfigDict
 from test_train import assert_same, network, records
 
-from rkd_jax import feed, runs, steps, train
+from rkd_jax import experiment, feed, runs, steps, train
 from rkd_jax.data import Split
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -168,6 +169,8 @@ def test_interrupted_at_different_steps_they_go_on(tiny, tmp_path):
         (({"views": "weak"}, {"views": "both"}), "share config.views"),
         (({"views": "weak"}, {"views": "test_train:cropped"}), "share config.views"),
         (({"fold_teacher": False}, {"fold_teacher": True}), "share config.fold_teacher"),
+        (({"stream": False}, {"stream": True}), "share config.stream"),
+        (({"checkpoint_seconds": 0.0}, {"checkpoint_seconds": 9.0}), "share config.checkpoint_seconds"),
     ],
 )
 def test_what_they_have_to_share_is_named(tiny, tmp_path, changes, message):
@@ -208,6 +211,28 @@ def test_one_that_diverges_does_not_stop_the_others(tiny, tmp_path, capsys):
     assert "last" in rows[0]
 
 
+def test_sweep_of_a_runs_record(tiny):
+    """Of what a record has unset it does not say the type; and it has its own method's fields alone."""
+    record = ConfigDict(experiment.build(tiny()).config)
+    record.sweep = "seed=0,1 data_seed=0 num_train=32,64 standardize=True"
+    found = [member for _, member in runs.expand(record)]
+    assert [(one.seed, one.data_seed, one.num_train, one.standardize) for one in found] == [
+        (0, 0, 32, True), (0, 0, 64, True), (1, 0, 32, True), (1, 0, 64, True),
+    ]  # fmt: skip
+    record.sweep = "num_train=3.5"
+    with pytest.raises(ValueError, match=r"num_train=3.5 is no int, which config.num_train takes"):
+        runs.expand(record)
+    record.sweep = "decay_epochs=3"
+    with pytest.raises(ValueError, match=r"decay_epochs is a list of numbers, which a sweep cannot vary"):
+        runs.expand(record)
+    record.sweep = "lam=1,5"
+    with pytest.raises(ValueError, match=r"'lam' is no field of .*; a run's config.json has those of its own method;"):
+        runs.expand(record)
+    copied = tiny().copy_and_resolve_references()
+    copied.sweep = "standardize=True,False"
+    assert [member.standardize for _, member in runs.expand(copied)] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
@@ -220,6 +245,7 @@ def test_one_that_diverges_does_not_stop_the_others(tiny, tmp_path, capsys):
         ("lam=1,1.0", "names a student twice"),
         ("lam=1 lam=2", "varies lam twice; name all its values at once"),
         ("decay_epochs=1,2", "decay_epochs is a list of numbers, which a sweep cannot vary; start a run for each"),
+        ("compare=True,False", "compare is of the whole sweep; set config.compare$"),
         ("method=kd,takd", "method=takd trains a chain of networks"),
         ("method=kd,dkf", "did you mean 'dk"),
     ],

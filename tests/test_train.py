@@ -373,6 +373,42 @@ def test_best_before_a_run_was_stopped_stays_the_best(tiny, tmp_path, monkeypatc
     assert checkpoint.read_metadata(tmp_path / "run" / "best")["step"] == 8
 
 
+@pytest.mark.parametrize("again", [60.0, 40.0])  # as on a CPU, and by a GPU's other rounding
+def test_best_that_no_checkpoint_tells_of_is_the_best(tiny, tmp_path, monkeypatch, again):
+    accuracies, save = iter((50.0, 60.0, again)), checkpoint.Checkpoints.save  # of steps 8, 12 and, once more, 12
+    monkeypatch.setattr(steps, "evaluate", lambda *_: {"top1": next(accuracies), "top5": 90.0, "loss": 1.0})
+
+    def killed(self, step, *arguments):
+        if step == 12:
+            raise KeyboardInterrupt
+        save(self, step, *arguments)
+
+    config = tiny(checkpoint_seconds=0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train.train_and_evaluate(config, tmp_path / "run")
+    summary = train.train_and_evaluate(config, tmp_path / "run")
+    assert summary["best"] == {"step": 12, "top1": 60.0, "top5": 90.0, "loss": 1.0}
+    assert (summary["last"]["step"], summary["last"]["top1"]) == (12, again)
+    for name in ("best", "last"):
+        metadata = checkpoint.read_metadata(tmp_path / "run" / name)
+        assert {key: metadata[key] for key in summary[name]} == summary[name]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    """Which JSON has not, so that other programs refuse a file that has them."""
+    writer = metrics.Writer(tmp_path, 0, 10, 5, 8)
+    writer.write(1, "test", {"top1": 50.0, "loss": float("nan")})
+    writer.close()
+    _files.write_json(tmp_path / "a.json", {"rows": [{"loss": -float("inf")}, (1.5, True, None, "NaN")]})
+    for path, expected in (
+        (tmp_path / "metrics.jsonl", {"step": 1, "epoch": 0.2, "kind": "test", "top1": 50.0, "loss": None}),
+        (tmp_path / "a.json", {"rows": [{"loss": None}, [1.5, True, None, "NaN"]]}),
+    ):
+        assert json.loads(path.read_text(), parse_constant=pytest.fail) == expected
+
+
 def diverging(learning_rate):
     """An optimizer that is one until the first test."""
     return optax.sgd(lambda step: jnp.where(step < 8, learning_rate(step), jnp.inf))
@@ -757,6 +793,10 @@ def test_views_are_joined(tiny, given, views):
         ({"crop_padding": 9}, "config.crop_padding=9 is too high; take 8 or less"),
         ({"rotation": -3.0}, "config.rotation=-3.0 is too low"),
         ({"learning_rate": float("inf")}, "config.learning_rate=inf is too high; take less"),
+        (
+            {"nesterov": True, "momentum": 0.0},
+            "config.nesterov=True does nothing without momentum; set config.momentum",
+        ),
         ({"eval_epochs": 0.0}, "config.eval_epochs=0.0 is no number of epochs"),
         ({"eval_epochs": float("nan")}, "config.eval_epochs=nan is no number of epochs"),
         ({"eval_epochs": float("inf")}, "config.eval_epochs=inf is no.*config.num_epochs to test at the end alone"),
@@ -766,6 +806,22 @@ def test_bad_field_is_named_before_anything_is_written(tiny, tmp_path, fields, m
     with pytest.raises(ValueError, match=message):
         train.train_and_evaluate(tiny(**fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_steps", 2.5, "config.num_steps=2.5 is no whole number"),
+        ("num_train", "64", "config.num_train='64' is no whole number"),
+        ("data_seed", True, "config.data_seed=True is no whole number"),
+        ("stream", "False", "config.stream='False' is neither True nor False"),
+        ("fold_teacher", 1, "config.fold_teacher=1 is neither True nor False"),
+    ],
+)
+def test_record_takes_no_other_kind_of_what_it_has_unset(tiny, field, value, message):
+    record = ConfigDict({**experiment.build(tiny(num_train=None, num_steps=None)).config, field: value})
+    with pytest.raises(ValueError, match=message):
+        experiment.build(record)
 
 
 def test_misspelt_field_suggests_the_right_one(tiny):

@@ -40,7 +40,10 @@ class Method(kd.Method):
                 f"config.assistant is not set, and no assistant is known for {teacher}>{student}; "
                 "name a network between the two, or several as 'resnet56>resnet44'"
             )
-        chain = [teacher, *(name.strip() for name in self.assistant.split(">")), student]
+        assistants = [name.strip() for name in self.assistant.split(">")]
+        if not all(assistants):
+            raise ValueError(f"config.assistant={self.assistant!r} has an empty name; write, say, 'resnet56>resnet44'")
+        chain = [teacher, *assistants, student]
         if repeated := [name for i, name in enumerate(chain[1:], 1) if name.lower() in map(str.lower, chain[1:i])]:
             raise ValueError(
                 f"config.assistant={self.assistant!r}: {repeated[0]!r} is twice in the chain to {student!r}; each "

@@ -384,7 +384,9 @@ class Campaign:
             steps, done = images // config.batch_size * config.num_epochs, _saved(folder)
             seconds += (steps - done) * config.batch_size / speeds[-1]
             where = f" from step {done:,} of {steps:,}"
-        return f"{known} {timedelta(seconds=round(seconds))}{where} of training" if where else "time unknown"
+        if known == "more than" and not where:
+            return "time unknown"
+        return f"{known} {timedelta(seconds=round(seconds))}{where} of training"
 
 
 def halve(source: Path, target: Path, **facts: Any) -> None:
