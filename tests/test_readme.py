@@ -232,6 +232,10 @@ def test_means_over_the_ablations_seeds_are_those_of_results():
     assert f"{mean:.2f} ahead (standard error {error:.2f})" in readme
     p = stats.ttest_rel(*([values[seed] for seed in sorted(kd)] for values in (kd, ours))).pvalue
     assert f"(paired t-test, p = {p:.3f})" in page
+    alone = last["cross_entropy"]
+    each = {name: [last[name][seed] - alone[seed] for seed in sorted(alone)] for name in ("kd", "ranking_alignment")}
+    assert "kd is {:.2f} and {:.2f} points ahead of cross_entropy on the same views".format(*each["kd"]) in page
+    assert "at eps 1 is {:.2f} and {:.2f} (two seeds)".format(*each["ranking_alignment"]) in page
     weak = fair_ablation.records(ROOT / "results" / "fair_ablation_resnet20_weak.json")
     on_weak = {name: fair_ablation.by_seed(weak, loss, "last") for loss, name in list(losses.items())[1:]}
     seeds = sorted(on_weak["kd"])
