@@ -27,7 +27,7 @@ def read_json(
 def write_json(path: Path, value: Any) -> None:
     """Writes a file under another name and moves it into place, so that no reader, nor a kill, sees half of it."""
     fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(json.dumps(plain(value), indent=1) + "\n")
+    fresh.write_text(json.dumps(value, indent=1) + "\n")
     fresh.replace(path)
 
 

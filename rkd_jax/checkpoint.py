@@ -54,7 +54,7 @@ def save_network(path: str | os.PathLike, variables: Any, metadata: Mapping[str,
     path = Path(path).expanduser().absolute()
     variables = jax.tree.map(np.asarray, variables)
     saver = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone("network"))
-    text = json.dumps(_files.plain(dict(metadata) | {"fingerprint": fingerprint(variables)}), indent=2)
+    text = json.dumps(dict(metadata) | {"fingerprint": fingerprint(variables)}, indent=2)
     with _files.replacing(path) as fresh:
         with saver, _writing(path):
             saver.save(fresh / "variables", args=ocp.args.PyTreeSave(variables))

@@ -97,7 +97,7 @@ def evaluate(
         "network": found.metadata["network"],
         "parameters": models.count_parameters(found.variables["params"]),
         "step": found.metadata.get("step"),
-        **result,
+        **_files.plain(result),
         "images": len(splits.test.labels),
     }
 

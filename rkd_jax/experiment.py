@@ -35,8 +35,7 @@ OFF = {
     "momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "decay_epochs": (), "decay_factor": 1.0, "crop_padding": 0,
     "flip": False, "rotation": 0.0,
 }  # fmt: skip
-# What a method with a teacher takes, with the values that do nothing.
-TEACHER_OPTIONS = {"teacher": "", "teacher_checkpoint": "", "fold_teacher": None}
+TEACHER_OFF = {"teacher": "", "teacher_checkpoint": "", "fold_teacher": False}  # likewise, of methods without a teacher
 # What a run's config.json has beside the fields, so that it is not gone on with from something else.
 FINGERPRINTS = {
     "teacher_fingerprint": "another network as its teacher",
@@ -111,9 +110,9 @@ class Fields:
             raise ValueError(f"config.{name} is None; give it a value, as configs/default.py does")
         value, kind = self._config[name], UNSET.get(name)
         if kind is bool and not (value is None or isinstance(value, bool)):
-            raise ValueError(f"config.{name}={value!r} is neither True nor False")
+            raise ValueError(f"config.{name}={value!r} is neither True nor False; write one of them, or None")
         if kind is int and (isinstance(value, bool) or not isinstance(value, int | np.integer | None)):
-            raise ValueError(f"config.{name}={value!r} is no whole number")
+            raise ValueError(f"config.{name}={value!r} is no whole number; write one, or None")
         self._read.add(name)
         return value
 
@@ -332,8 +331,6 @@ def _optimization(
         fields.schedule, fields.at_least("learning_rate", 0), num_steps=num_steps, steps_per_epoch=steps_per_epoch,
         warmup_epochs=fields.at_least("lr_warmup_epochs", 0, fields.num_epochs), **falls,
     )  # fmt: skip
-    if fields.nesterov and not fields.momentum and {"momentum", "nesterov"} <= {*optim.taken(fields.optimizer)}:
-        raise ValueError("config.nesterov=True does nothing without momentum; set config.momentum above 0, or leave it")
     options = {
         "momentum": fields.at_least("momentum", 0, 0.9999),
         "nesterov": fields.nesterov,
@@ -355,9 +352,10 @@ def _unused(fields: Fields) -> dict[str, Any]:
 def check_used(configs: Sequence[ConfigDict], given: Iterable[str]) -> None:
     """ValueError where a field that was given by hand, and not switched off, does nothing in any of the configs."""
     idle = [_idle(config) for config in configs]
-    off = OFF | TEACHER_OPTIONS
+    off = OFF | TEACHER_OFF
     for field in sorted(off.keys() & {*given} - {"weight_decay"}):  # which is an error, given or not
-        if all(field in fields and config[field] != off[field] for config, fields in zip(configs, idle, strict=True)):
+        on = (config[field] not in (None, off[field]) for config in configs)
+        if all(on) and all(field in fields for fields in idle):
             owner = idle[0][field]
             raise ValueError(
                 f"config.{field}={configs[0][field]!r} does nothing with config.{owner}={configs[0][owner]!r}; leave "
@@ -370,7 +368,9 @@ def _idle(config: ConfigDict) -> dict[str, str]:
     fields = Fields(config.to_dict())
     owners = dict.fromkeys(STEP_OPTIONS, "schedule") | dict.fromkeys(VIEW_OPTIONS, "views")
     idle = {field: owners.get(field, "optimizer") for field in _unused(fields)}
-    return idle if methods.load(fields.method).needs_teacher else idle | dict.fromkeys(TEACHER_OPTIONS, "method")
+    if fields.optimizer == "sgd" and not fields.momentum:
+        idle["nesterov"] = "momentum"
+    return idle if methods.load(fields.method).needs_teacher else idle | dict.fromkeys(TEACHER_OFF, "method")
 
 
 def create_learner(

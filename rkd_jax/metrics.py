@@ -39,7 +39,7 @@ class Writer:
         kept = [line for line in _files.read_lines(path) if line["step"] <= step]
         fresh = path.with_suffix(".new")
         with _files.writing(path):
-            fresh.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            fresh.write_text("".join(json.dumps(_files.plain(line)) + "\n" for line in kept))
             fresh.replace(path)
             self._file = path.open("a")
         try:

@@ -77,10 +77,10 @@ def _agree(workdir: Path, there: Mapping[str, Any], config: Mapping[str, Any]) -
         )
 
 
-def check_kind(workdir: Path, kind: str) -> None:
-    """ValueError where a folder holds one of `KINDS`, and none of this one: they would lie in one folder unawares."""
+def check_kind(workdir: Path, kind: str, *others: str) -> None:
+    """ValueError where a folder holds one of `KINDS`, and not this one (nor `others`, beside which it may lie)."""
     there = [name for name, patterns in KINDS.items() if any(any(workdir.glob(each)) for each in patterns)]
-    if there and kind not in there:
+    if there and {kind, *others}.isdisjoint(there):
         raise ValueError(f"--workdir={workdir} holds {there[0]}, and this is {kind}; name another folder")
 
 

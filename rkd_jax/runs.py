@@ -21,12 +21,13 @@ def run(config: ConfigDict, workdir: str | os.PathLike, given: Collection[str] =
     """
     single, several, both, links = run_folder.KINDS
     kind = several if config.get("sweep") else both if config.get("compare") else single
-    if kind == single and len(chain(config)) > 1:
-        kind = links
     experiment.check_used([member for _, member in expand(config)] if kind == several else [config], given)
     _devices.start()
     processes.meet()
-    processes.in_lead(lambda: run_folder.check_kind(Path(workdir), kind))
+    kinds = [kind]
+    if kind == single and isinstance(experiment.create_method(config), takd.Method):
+        kinds = [links, single]  # whose last run is where one run would be
+    processes.in_lead(lambda: run_folder.check_kind(Path(workdir), *kinds))
     if kind == several:
         sweep(config, workdir)
         return
@@ -64,17 +65,20 @@ def chain(config: ConfigDict) -> list[ConfigDict]:
     method, links = experiment.create_method(config), []
     if not isinstance(method, takd.Method):
         return [config]
-    if "teacher_fingerprint" in config:
+    pairs = method.links(config.teacher, config.student)
+    if config.get("teacher_fingerprint") and config.teacher in (student for _, student in pairs[:-1]):
         raise ValueError(
-            f"config.teacher_fingerprint: this is the record of the last run of a chain (config.method="
-            f"{config.method!r}), whose teacher is an assistant; start from the config that the chain came from"
+            f"config.teacher={config.teacher!r} is an assistant, and config.teacher_fingerprint is set: this is the "
+            "record of the last run of a chain; start from the config that the chain came from"
         )
-    for teacher, student in method.links(config.teacher, config.student):
+    for teacher, student in pairs:
         link = config.copy_and_resolve_references()
         link.update(teacher=teacher, student=student, assistant=method.assistant)
         if student != config.student:
             models.resolve(student, field="config.assistant")
             link.student_checkpoint = ""
+        if links:
+            experiment.forget_teacher(link)
         links.append(link)
     return links
 
@@ -194,7 +198,8 @@ def _axes(config: ConfigDict) -> list[list[list[tuple[str, str]]]]:
                     'write, say, --config.sweep="lam=0.1,1,5 seed=0,1"'
                 )
             if field in ("compare", "smoke"):
-                raise ValueError(f"config.sweep={config.sweep!r}: {field} is of the whole sweep; set config.{field}")
+                mend = "set config.smoke" if field == "smoke" else "take it out, for a comparison is another experiment"
+                raise ValueError(f"config.sweep={config.sweep!r}: {field} is of the whole sweep; {mend}")
             if any(field == other for axis in axes for other, _ in axis):
                 raise ValueError(f"config.sweep={config.sweep!r} varies {field} twice; name all its values at once")
             axes.append([(field, value) for value in values.split(",")])

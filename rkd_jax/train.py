@@ -233,10 +233,10 @@ class Student:
         Networks are written before the checkpoint that tells of them. A kill between the two leaves one of a later
         step, which the run comes to again, on a GPU perhaps with other rounding.
         """
-        if (self.workdir / "best" / "metadata.json").exists():
-            metadata = read_metadata(self.workdir / "best")
-            if metadata.get("step", 0) > step and progress["best"] and metadata["top1"] > progress["best"]["top1"]:
-                return progress | {"best": {name: metadata.get(name) for name in progress["best"]}}
+        with contextlib.suppress(OSError, ValueError):  # not there, or damaged: it is written again
+            found, best = read_metadata(self.workdir / "best"), progress["best"]
+            if best and found.get("step", 0) > step and found.get("top1", 0) > best["top1"]:
+                return progress | {"best": {name: found.get(name) for name in best}}
         return progress
 
     def totals(self) -> dict[str, np.ndarray]:
@@ -283,6 +283,7 @@ class Student:
         size = self.run.loop.eval_batch_size
         result = {"step": step, **steps.evaluate(self._eval_step, variables, *self.run.splits.test, size)}
         self.writer.write(step, "test", {name: result[name] for name in ("top1", "top5", "loss")})
+        result = _files.plain(result)
         best = self.progress["best"] is None or result["top1"] > self.progress["best"]["top1"]
         variables = jax.device_get(variables) if processes.leads() else None  # the next step takes the device's
         network = variables, _facts(self.run, result)

@@ -198,11 +198,12 @@ def test_runs_of_an_item_share_a_program_or_are_apart(short, tmp_path, monkeypat
     members = tuple(cells.Cell(campaign.PAIR, name, 0) for name in ("teacher", "cross_entropy", "kd"))
     monkeypatch.setattr(campaign, "items", lambda scale: [campaign.Item("fair", members)])
     monkeypatch.setattr(campaign.Campaign, "lacking", lambda self, item: "")
-    found = []
+    found, packed = [], []
 
     def execute(group, *args, together):
         assert together == len(group)
         found.append([each.cells[0].name for each in group])
+        packed.append((tmp_path / "out" / "state" / "part-0").exists())
         for each in group:
             each.folder.mkdir(parents=True, exist_ok=True)
             (each.folder / "metrics.jsonl").write_text('{"step": 6, "images_per_second": 8.0}\n')
@@ -211,6 +212,7 @@ def test_runs_of_an_item_share_a_program_or_are_apart(short, tmp_path, monkeypat
     monkeypatch.setattr(run, "execute", execute)
     go(tmp_path / "out", *flags)
     assert found == programs
+    assert packed == [i > 0 and len(group) == 1 for i, group in enumerate(programs)]  # what is done may be carried away
     seconds = 12 * 8 / 8 * len(programs)  # 12 steps of 8 images, at 8 images a second
     assert f"next: fair, about 0:00:{seconds:02.0f} from step 0 of 12 of training" in capsys.readouterr().out
     (metrics,) = (tmp_path / "out" / "work").rglob("kd*/metrics.jsonl")
@@ -401,7 +403,7 @@ def test_trained_teacher_of_the_name_of_a_given_one_is_in_the_state(short, tmp_p
             shutil.copytree(source, target)
 
     monkeypatch.setattr(campaign, "halve", halve)
-    monkeypatch.setattr(campaign.evaluate, "evaluate", lambda *_: {"top1": 1.0, "top5": 2.0})
+    monkeypatch.setattr(campaign.evaluate, "evaluate", lambda *_: {"top1": 1.0, "top5": 2.0, "loss": 3.0})
     campaign._random_data(tmp_path / "data")
     made = campaign.Campaign(tmp_path, "smoke", 9, str(tmp_path / "data"), None, 1 << 26)
     made.given(["resnet8", "vgg8"])  # in a slice before, and not in this one

@@ -631,10 +631,12 @@ def test_decoded_folder_is_kept(tmp_path, decodes, caplog, monkeypatch):
     assert second[2:] == first[2:]
     assert decodes(images, image_size=5)[0].train.images.shape == (30, 5, 5, 3)
     assert [decodes(images, image_size=5)[1], decodes(images)[1]] == [0, 0]  # neither takes the other's place
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".set-5.uint8", ".set.uint8", "set"]
-    images.chmod(0o710)
-    decodes(images, image_size=6)
-    assert (tmp_path / ".set-6.uint8").stat().st_mode & 0o777 == 0o710
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.5.uint8", ".set.own.uint8", "set"]
+    assert (tmp_path / ".set.own.uint8").stat().st_mode & 0o777 == 0o700  # as private as images may be
+    for name in ("set-5", "set.5"):  # other folders, though their images are the same
+        shutil.copytree(images, tmp_path / name)
+        assert decodes(tmp_path / name)[0].train.images.shape == (30, 10, 12, 3)
+    assert [decodes(images, image_size=5)[1], decodes(images)[1]] == [0, 0]
     shutil.rmtree(images / "train")  # what is left is tested on alone
     assert [decodes(images)[1], decodes(images)[1]] == [3, 0]
     assert "damaged" not in caplog.text
@@ -644,6 +646,31 @@ def test_decoded_folder_is_kept(tmp_path, decodes, caplog, monkeypatch):
         assert [decodes(images, image_size=4)[1], decodes(images, image_size=4)[1]] == [3, 0]
     finally:
         tmp_path.chmod(0o755)
+
+
+def test_process_that_was_slower_leaves_the_decoded_copy_of_another(tmp_path):
+    def copy(fingerprint, splits):
+        _cache.write(tmp_path / "copy", "own", "", fingerprint, splits)
+        return (tmp_path / "copy" / "train_images.npy").stat().st_ino
+
+    splits = data.random("cifar100", 8, 4)
+    first = copy("a", splits)
+    assert copy("a", splits) == first
+    assert copy("b", splits) != first  # of another preparation
+    (tmp_path / "copy" / "test_labels.npy").write_bytes(b"cut short")
+    copy("b", splits)
+    assert _cache.read(tmp_path / "copy", "own", "b") is not None
+
+
+def test_nowhere_to_keep_a_decoded_folder_is_said(tmp_path, monkeypatch, caplog):
+    def write(folder, *arguments):
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr(_cache, "write", write)
+    write_folder(tmp_path / "set", {"ape": 20, "bee": 10})
+    assert len(data.load(f"folder:{tmp_path / 'set'}").train.labels) == 27
+    assert "No decoded copy can be kept, and the next start decodes again (" in caplog.text
+    assert caplog.text.count("No space left on device") == 2
 
 
 def test_changed_folder_is_decoded_anew(tmp_path, decodes, monkeypatch):
@@ -667,6 +694,15 @@ def test_changed_folder_is_decoded_anew(tmp_path, decodes, monkeypatch):
         decodes(images)
     (images / "bee" / "link.png").unlink()
     assert decodes(images)[1] == 0
+    (images / "bee").rename(images / "cat")
+    splits, count = decodes(images)
+    assert (count, splits.class_names) == (29, ("ape", "cat"))
+    (tmp_path / "tests").mkdir()
+    images.rename(tmp_path / "tests" / "test")
+    assert decodes(tmp_path / "tests")[0].class_names == ("ape", "cat")
+    (tmp_path / "tests" / "test" / "dog").mkdir()  # of no images, but a class
+    assert decodes(tmp_path / "tests")[0].num_classes == 3
+    images = tmp_path / "tests"
     monkeypatch.setattr(_folder.PIL, "__version__", "another")
     assert decodes(images)[1] == 29
 

@@ -232,7 +232,20 @@ def test_field_that_does_nothing_is_an_error_where_it_was_set_by_hand(tiny, tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_nesterov_without_momentum_does_nothing(tiny):
+    message = r"config\.nesterov=True does nothing with config\.momentum=0\.0; leave it out"
+    with pytest.raises(ValueError, match=message):
+        experiment.check_used([tiny(nesterov=True, momentum=0.0)], ["nesterov"])
+    with pytest.raises(ValueError, match=message):
+        runs.expand(tiny(sweep="nesterov=True,False", momentum=0.0))
+    experiment.check_used([tiny(nesterov=False, momentum=0.0)], ["nesterov"])
+    experiment.check_used(
+        [member for _, member in runs.expand(tiny(nesterov=True, sweep="momentum=0.0,0.9"))], ["nesterov"]
+    )
+
+
 def test_field_that_does_something_in_one_of_a_sweep_or_is_off_may_be_set(tiny):
+    experiment.check_used([tiny(method="cross_entropy", fold_teacher=False)], ["fold_teacher"])
     experiment.check_used([tiny(schedule="cosine"), tiny()], ["decay_factor"])
     experiment.check_used([tiny(optimizer="optax:adamw", momentum=0.0)], ["momentum"])
     experiment.check_used([tiny(method="cross_entropy", teacher="")], ["teacher"])

@@ -133,10 +133,6 @@ def test_chain_finds_another_run_in_its_folder_before_it_trains(resnets, tmp_pat
 
     monkeypatch.setattr(train, "train_and_evaluate", trained)
     chain = resnets(method="takd", assistant="resnet14", seed=5)
-    (tmp_path / "kd").mkdir()
-    (tmp_path / "kd" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds one run, and this is a chain of runs \(takd\); name another folder"):
-        runs.run(chain, tmp_path / "kd")
     assistant = tmp_path / "takd" / "assistants" / "resnet14"
     assistant.mkdir(parents=True)
     (assistant / "config.json").write_text("{}")
@@ -147,6 +143,7 @@ def test_chain_finds_another_run_in_its_folder_before_it_trains(resnets, tmp_pat
     checkpoint.save_network(tmp_path / "takd" / "best", {"params": {}}, metadata)
     own = {"temperature": 4.0, "teacher_fingerprint": "of the assistant"}  # which are not known yet
     for there, error, message in (
+        ({"method": "kd"}, ValueError, r"values:\n  config.method: 'kd' there, 'takd' here$"),
         ({"assistant": "resnet20"}, ValueError, r"values:\n  config.assistant: 'resnet20' there, 'resnet14' here$"),
         ({"seed": 4}, ValueError, r"values:\n  config.seed: 4 there, 5 here$"),
         ({}, RuntimeError, "resnet14 was trained"),
@@ -161,7 +158,7 @@ def test_chain_finds_another_run_in_its_folder_before_it_trains(resnets, tmp_pat
 
 
 def test_record_of_a_run_in_a_comparison_and_a_chain(tiny, tmp_path, monkeypatch):
-    """A record names the teacher that its run had: not that which a comparison trains, and of a chain an assistant."""
+    """A record has the fingerprint of the teacher that its run had, which is not that of one that is trained here."""
     begun = []
 
     def stand_in(config, workdir):
@@ -171,14 +168,19 @@ def test_record_of_a_run_in_a_comparison_and_a_chain(tiny, tmp_path, monkeypatch
     monkeypatch.setattr(train, "train_and_evaluate", stand_in)
     record = ConfigDict(experiment.build(tiny()).config)
     assert record.teacher_fingerprint
-    record.teacher_checkpoint = ""
-    runs.compare(record, tmp_path)
-    assert begun[-1] == ("distilled", "")
-    record.method = "takd"
     with record.unlocked():
         record.assistant = "resnet14"
-    with pytest.raises(ValueError, match=r"this is the record of the last run of a chain .*'takd'.*; start from the"):
-        runs.run(record, tmp_path / "chain")
+    record.method = "takd"
+    runs.distil(record, tmp_path / "chain")
+    assert begun == [("resnet14", record.teacher_fingerprint), ("chain", "")]
+    record.update(method="kd", teacher_checkpoint="", assistant=None)
+    runs.compare(record, tmp_path)
+    assert begun[-1] == ("distilled", "")
+    record.update(method="takd", teacher="resnet14", assistant="resnet14")
+    with pytest.raises(
+        ValueError, match=r"config.teacher='resnet14' is an assistant, and .* start from the config that"
+    ):
+        runs.distil(record, tmp_path / "chain")
 
 
 def test_comparison_evaluates_a_given_teacher(tiny, tmp_path):

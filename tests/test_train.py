@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging as std_logging
+import math
 import os
 import re
 import shutil
@@ -375,7 +376,7 @@ def test_best_before_a_run_was_stopped_stays_the_best(tiny, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("again", [60.0, 40.0])  # as on a CPU, and by a GPU's other rounding
 def test_best_that_no_checkpoint_tells_of_is_the_best(tiny, tmp_path, monkeypatch, again):
-    accuracies, save = iter((50.0, 60.0, again)), checkpoint.Checkpoints.save  # of steps 8, 12 and, once more, 12
+    accuracies, save = iter((50.0, 60.0, again, again)), checkpoint.Checkpoints.save  # of steps 8, 12, and 12 again
     monkeypatch.setattr(steps, "evaluate", lambda *_: {"top1": next(accuracies), "top5": 90.0, "loss": 1.0})
 
     def killed(self, step, *arguments):
@@ -388,25 +389,31 @@ def test_best_that_no_checkpoint_tells_of_is_the_best(tiny, tmp_path, monkeypatc
         patch.setattr(checkpoint.Checkpoints, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             train.train_and_evaluate(config, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "cut")
+    (tmp_path / "cut" / "best" / "metadata.json").write_text("")
     summary = train.train_and_evaluate(config, tmp_path / "run")
     assert summary["best"] == {"step": 12, "top1": 60.0, "top5": 90.0, "loss": 1.0}
     assert (summary["last"]["step"], summary["last"]["top1"]) == (12, again)
     for name in ("best", "last"):
         metadata = checkpoint.read_metadata(tmp_path / "run" / name)
         assert {key: metadata[key] for key in summary[name]} == summary[name]
+    assert train.train_and_evaluate(config, tmp_path / "cut")["best"]["step"] == (12 if again > 50 else 8)
 
 
-def test_numbers_that_are_not_finite_are_null(tmp_path):
+def test_a_tests_numbers_that_are_not_finite_are_null(tiny, tmp_path, monkeypatch):
     """Which JSON has not, so that other programs refuse a file that has them."""
-    writer = metrics.Writer(tmp_path, 0, 10, 5, 8)
-    writer.write(1, "test", {"top1": 50.0, "loss": float("nan")})
-    writer.close()
-    _files.write_json(tmp_path / "a.json", {"rows": [{"loss": -float("inf")}, (1.5, True, None, "NaN")]})
-    for path, expected in (
-        (tmp_path / "metrics.jsonl", {"step": 1, "epoch": 0.2, "kind": "test", "top1": 50.0, "loss": None}),
-        (tmp_path / "a.json", {"rows": [{"loss": None}, [1.5, True, None, "NaN"]]}),
-    ):
-        assert json.loads(path.read_text(), parse_constant=pytest.fail) == expected
+    monkeypatch.setattr(steps, "evaluate", lambda *_: {"top1": 50.0, "top5": 90.0, "loss": float("nan")})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "loss": Infinity}\n')  # as an older version wrote it
+    train.train_and_evaluate(tiny(num_steps=2), tmp_path / "run")
+    evaluate.run(tiny(), tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    files = [*(tmp_path / "run").rglob("*.json")]
+    assert {path.name for path in files} >= {"summary.json", "metadata.json", "evaluation.json", "config.json"}
+    for text in (*lines, *(path.read_text() for path in files)):
+        json.loads(text, parse_constant=pytest.fail)
+    assert [json.loads(line)["loss"] for line in (lines[0], lines[-1])] == [None, None]
+    assert _files.plain((1.5, True, None, "NaN", {"a": -math.inf})) == [1.5, True, None, "NaN", {"a": None}]
 
 
 def diverging(learning_rate):
@@ -793,10 +800,6 @@ def test_views_are_joined(tiny, given, views):
         ({"crop_padding": 9}, "config.crop_padding=9 is too high; take 8 or less"),
         ({"rotation": -3.0}, "config.rotation=-3.0 is too low"),
         ({"learning_rate": float("inf")}, "config.learning_rate=inf is too high; take less"),
-        (
-            {"nesterov": True, "momentum": 0.0},
-            "config.nesterov=True does nothing without momentum; set config.momentum",
-        ),
         ({"eval_epochs": 0.0}, "config.eval_epochs=0.0 is no number of epochs"),
         ({"eval_epochs": float("nan")}, "config.eval_epochs=nan is no number of epochs"),
         ({"eval_epochs": float("inf")}, "config.eval_epochs=inf is no.*config.num_epochs to test at the end alone"),

@@ -61,8 +61,9 @@ def load(
         raise ValueError(
             f"config.dataset={name!r} is no data set"
             + (f"; did you mean {near[0]!r}?" if near else ".")
-            + f" There are {', '.join(names())}, tfds:NAME for a set of TFDS (tfds:{name}, if that is one) and "
-            "folder:PATH for images of your own."
+            + f" There are {', '.join(names())}, tfds:NAME for a set of TFDS"
+            + (f" (tfds:{name}, if that is one)" if name and not colon else "")
+            + " and folder:PATH for images of your own."
         )
     return splits._replace(
         train=subset(splits.train, num_train, f"config.num_train={num_train}", f"training images of {name}"),

@@ -30,7 +30,7 @@ def read(folder: Path, name: str, fingerprint: str | None = None, image_size: in
             return None
         names = tuple(meta.get("class_names", ()))
         return Splits(*splits, meta["num_classes"], tuple(meta["mean"]), tuple(meta["std"]), names)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # another user's, whose images are not for all
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         logging.warning("The cache %s is damaged (%s) and is not used", folder, error)
@@ -62,8 +62,9 @@ def write(folder: Path, name: str, version: str, fingerprint: str, splits: Split
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
         partial.chmod(mode)
-        if folder.exists():  # stale or damaged; another process may have been faster, which does no harm
-            shutil.rmtree(folder, ignore_errors=True)
+        if read(folder, name, fingerprint):  # another process was faster
+            return
+        shutil.rmtree(folder, ignore_errors=True)  # stale or damaged
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -73,13 +74,14 @@ def keep(
     folders: Sequence[Path], name: str, version: str, fingerprint: str, splits: Splits, mode: int = 0o755
 ) -> Splits:
     """Writes a set to the first of these folders that takes it; as it lies there, memory-mapped."""
+    reasons = []
     for folder in folders:
         try:
             write(folder, name, version, fingerprint, splits, mode)
         except OSError as error:
-            logging.info("No cache of %s written to %s: %s", name, folder, error)
+            reasons.append(f"{folder}: {error}")
         kept = read(folder, name, fingerprint)  # ours, or that of a process that was faster
         if kept is not None:
             return kept
-    logging.warning("None of %s can be written: %s is decoded at every start", ", ".join(map(str, folders)), name)
+    logging.warning("No decoded copy can be kept, and the next start decodes again (%s)", "; ".join(reasons))
     return splits

@@ -7,9 +7,9 @@ to test on, without training images. Classes are numbered in the order of their 
 Photos are turned as their EXIF orientation says (JPEG's alone); an alpha channel is left out. Hidden files are passed
 over, and so, with a warning, are those of other suffixes.
 
-The decoded images are kept in .NAME.uint8/ (.NAME-SIZE.uint8/ where an image size is asked for) beside the folder NAME,
-or in $XDG_CACHE_HOME/rkd_jax/ (default ~/.cache/rkd_jax/) where that cannot be written, and decoded anew once a file is
-added, removed or renamed, or has another size or time of change.
+The decoded images are kept beside the folder NAME in .NAME.SIZE.uint8/ (SIZE: "own" where no image size is asked for),
+or in $XDG_CACHE_HOME/rkd_jax/ (default ~/.cache/rkd_jax/) where that cannot be written, for their owner alone, and
+decoded anew once a file is added, removed or renamed, or has another size or time of change.
 """
 
 import functools
@@ -71,7 +71,7 @@ def load(path: str, image_size: int | None = None) -> Splits:
         raise ValueError(
             f"{parts[0]} has no image of {', '.join(empty)} to train on; add some, or remove the sub-folder"
         )
-    caches, fingerprint = _caches(root.resolve(), image_size), _fingerprint(root, parts, classes, files)
+    caches, fingerprint = _caches(root.resolve(), image_size), _fingerprint(root, image_size, classes, files)
     for cache in caches:
         if kept := _cache.read(cache, "folder", fingerprint):
             return kept
@@ -87,23 +87,26 @@ def load(path: str, image_size: int | None = None) -> Splits:
         train, test = splits if len(splits) == 2 else hold_out(splits[0], f"config.dataset='folder:{path}'")
     images = train.images if len(train.images) else test.images
     splits = Splits(train, test, len(classes), *moments(images), tuple(classes))
-    mode = 0o700 | root.stat().st_mode & 0o777  # seen by those who see the images
-    return _cache.keep(caches, "folder", "", fingerprint, splits, mode)
+    return _cache.keep(caches, "folder", "", fingerprint, splits, mode=0o700)  # not all may see a user's images
 
 
 def _caches(root: Path, image_size: int | None) -> list[Path]:
     """The folders where the decoded images may lie, the preferred first."""
-    name = f"{root.name}-{image_size}.uint8" if image_size else f"{root.name}.uint8"
+    name = f"{root.name[:50]}.{image_size or 'own'}.uint8"
     return [root.parent / f".{name}", _files.cache() / f"folder-{_digest(str(root))[:16]}-{name}"]
 
 
-def _fingerprint(root: Path, parts: list[Path], classes: list[str], files: list[list[tuple[Path, int]]]) -> str:
+def _fingerprint(root: Path, image_size: int | None, classes: list[str], files: list[list[tuple[Path, int]]]) -> str:
     """Changes with the files' names, classes, sizes and times of change, and with PIL's version."""
     found = []
     for file, label in itertools.chain(*files):
-        there = file.stat() if file.exists() else None  # where it is a link to nowhere, reading it says so
-        found.append((str(file.relative_to(root)), label, there and (there.st_size, there.st_mtime_ns)))
-    return _digest([PIL.__version__, [str(part.relative_to(root)) for part in parts], classes, found])
+        try:
+            there = file.stat()
+            facts = there.st_size, there.st_mtime_ns
+        except OSError:  # a link to nowhere, say: reading it says so
+            facts = ()
+        found.append((str(file.relative_to(root)), label, *facts))
+    return _digest([PIL.__version__, image_size, classes, found])
 
 
 def _digest(facts: Any) -> str:

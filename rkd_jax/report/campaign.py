@@ -244,6 +244,8 @@ class Campaign:
             if self.left() < SCALES[self.scale].least:
                 return False
             errors |= run.execute(group, self.results, self._cells_scale, together=len(group))
+            if self.apart:
+                self.save()
         note = {"note": "; ".join(f"{name}: {error}" for name, error in errors.items())} if errors else {}
         if any(isinstance(error, MemoryError) for error in errors.values()):  # perhaps others', and gone next time
             self._note(item, state="stopped", **note)
@@ -308,7 +310,7 @@ class Campaign:
             if cell.name == "teacher":  # measured as it is kept
                 result = evaluate.evaluate(each.config, network)
                 trained = {"top1": summary["best"]["top1"], **{k: summary[k] for k in ("commit", "device", "date")}}
-                facts = {"top1": result["top1"], "top5": result["top5"], "trained": trained}
+                facts = {name: result[name] for name in ("top1", "top5", "loss")} | {"trained": trained}
                 halve(network, network, **facts)
         shutil.rmtree(self.work / item.name, ignore_errors=True)
         return {"images_per_second": speeds}
