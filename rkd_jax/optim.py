@@ -32,8 +32,8 @@ def create_schedule(
         raise ValueError(f"config.schedule={name!r} is neither 'step' nor 'cosine'")
     if name == "step":
         boundaries: dict[int, float] = {}
-        for epoch in decay_epochs:  # two may fall into one step, and some behind the last
-            if (step := round(epoch * steps_per_epoch)) < num_steps:
+        for epoch in decay_epochs:  # two may fall into one step, and some behind all that can be counted
+            if (step := round(epoch * steps_per_epoch)) <= jnp.iinfo(jnp.int32).max:
                 boundaries[step] = boundaries.get(step, 1.0) * decay_factor
         schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
     else:

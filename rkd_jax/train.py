@@ -233,9 +233,9 @@ class Student:
         Networks are written before the checkpoint that tells of them. A kill between the two leaves one of a later
         step, which the run comes to again, on a GPU perhaps with other rounding.
         """
-        with contextlib.suppress(OSError, ValueError):  # not there, or damaged: it is written again
+        with contextlib.suppress(OSError, ValueError, LookupError):  # not there, or damaged: it is written again
             found, best = read_metadata(self.workdir / "best"), progress["best"]
-            if best and found.get("step", 0) > step and found.get("top1", 0) > best["top1"]:
+            if best and (found.get("step") or 0) > step and found["top1"] > best["top1"]:
                 return progress | {"best": {name: found.get(name) for name in best}}
         return progress
 

@@ -42,7 +42,7 @@ def test_cosine_is_pytorchs():
     np.testing.assert_allclose(rates("cosine", range(40), 0.3, num_steps=40), theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_rate_that_falls_behind_the_last_step_does_not_fall():
+def test_rate_that_falls_behind_what_can_be_counted_does_not_fall():
     assert rates("step", (2998, 2999), decay_epochs=(300, 10**12)) == [np.float32(0.025)] * 2
     jax.jit(optim.create_schedule("step", 0.1, decay_epochs=(10**9,), **STEPS))(jnp.int32(0))  # nor overflows
 
