@@ -56,8 +56,8 @@ def check(workdir: Path, config: Mapping[str, Any]) -> None:
     path = workdir / "config.json"
     if path.exists() and has_begun(workdir):
         there, here = _files.read_json(path, PUT_BACK), json.loads(json.dumps(config))
-        both = [name for name in there if None not in (there[name], here.get(name))]
-        both = [name for name in both if name not in experiment.FINGERPRINTS]
+        known = {name for name, value in here.items() if value is not None and there.get(name) is not None}
+        both = sorted(known - experiment.FINGERPRINTS.keys())
         _agree(workdir, *({name: values[name] for name in both} for values in (there, here)))
 
 
