@@ -657,6 +657,8 @@ def test_process_that_was_slower_leaves_the_decoded_copy_of_another(tmp_path):
     first = copy("a", splits)
     assert copy("a", splits) == first
     assert copy("b", splits) != first  # of another preparation
+    assert copy("", splits) != copy("", data.random("cifar100", 9, 4))  # of arrays that nothing is known of
+    copy("b", splits)
     (tmp_path / "copy" / "test_labels.npy").write_bytes(b"cut short")
     copy("b", splits)
     assert _cache.read(tmp_path / "copy", "own", "b") is not None

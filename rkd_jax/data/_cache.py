@@ -62,7 +62,7 @@ def write(folder: Path, name: str, version: str, fingerprint: str, splits: Split
         }
         (partial / "meta.json").write_text(json.dumps(meta, indent=1))
         partial.chmod(mode)
-        if read(folder, name, fingerprint):  # another process was faster
+        if fingerprint and read(folder, name, fingerprint):  # another process was faster
             return
         shutil.rmtree(folder, ignore_errors=True)  # stale or damaged
         partial.rename(folder)
