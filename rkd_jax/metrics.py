@@ -7,8 +7,9 @@ import contextlib
 import functools
 import json
 import os
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,7 +44,8 @@ class Writer:
             fresh.replace(path)
             self._file = path.open("a")
         try:
-            from tensorboardX import SummaryWriter  # here: where torch is installed it imports that, for seconds
+            with _without_torch():
+                from tensorboardX import SummaryWriter
         except ModuleNotFoundError:
             self._board = None
             _say_once("tensorboardX is not installed: no event files; metrics.jsonl has the same numbers")
@@ -111,6 +113,19 @@ class Silent:
 
     def close(self) -> None:
         """Nothing."""
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """tensorboardX imports PyTorch where that is installed: seconds of every start, for nothing that is used here."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hide:
+            del sys.modules["torch"]
 
 
 def _say(line: str) -> None:

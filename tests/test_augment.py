@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SLOW
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from sklearn.datasets import load_digits, load_sample_images
 
@@ -108,7 +109,7 @@ strong_view = jax.jit(augment.strong, static_argnames=("padding", "flip", "rotat
 # The operations.
 
 
-@pytest.mark.parametrize("kind", ["square", "wide", "tall", "digits", "cifar100"])
+@pytest.mark.parametrize("kind", ["square", "wide", SLOW("tall"), "digits", "cifar100"])
 @pytest.mark.parametrize("name", augment.OPERATIONS)
 def test_operation_is_pils(kind, name):
     batch, operation = images(kind), augment.OPERATIONS.index(name)
@@ -191,7 +192,7 @@ def test_magnitudes_fill_their_ranges():
 # The views.
 
 
-@pytest.mark.parametrize("kind", ["square", "digits"])
+@pytest.mark.parametrize("kind", ["square", SLOW("digits")])
 def test_strong_view_is_pils(kind):
     """Weak view, two operations, Cutout, as PIL does them one after the other."""
     batch, key = images(kind), jax.random.key(3)
@@ -212,7 +213,7 @@ def coordinates(batch, height=32, width=32):
     return np.broadcast_to(np.stack([rows, columns, 0 * rows], -1).astype(np.uint8), (batch, height, width, 3))
 
 
-@pytest.mark.parametrize(("height", "width", "padding"), [(32, 32, 4), (64, 64, 8), (20, 28, 2)])
+@pytest.mark.parametrize(("height", "width", "padding"), [(32, 32, 4), SLOW(64, 64, 8), (20, 28, 2)])
 def test_weak_view_is_a_uniform_crop_and_flip(height, width, padding):
     batch = 4000
     views = np.asarray(weak_view(jax.random.key(0), coordinates(batch, height, width), padding=padding))

@@ -193,7 +193,7 @@ def test_eval_shape():
     assert jax.eval_shape(convolve, x, w).shape == convolve(x, w).shape
 
 
-@pytest.mark.parametrize("how", ["RKD_JAX_CONV", "CXX", "devices"])
+@pytest.mark.parametrize("how", ["RKD_JAX_CONV", SLOW("CXX"), SLOW("devices")])
 def test_without_the_kernels_it_is_xlas(how, tmp_path):
     environment = {
         "RKD_JAX_CONV": {"RKD_JAX_CONV": "xla"},

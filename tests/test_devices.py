@@ -67,7 +67,7 @@ runpy.run_path("main.py", run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("told", [None, "elsewhere", SLOW("")])
+@pytest.mark.parametrize("told", [None, SLOW("elsewhere"), SLOW("")])
 def test_main_keeps_compiled_programs_by_host(monkeypatch, tmp_path, told):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     environment = {} if told is None else {"JAX_COMPILATION_CACHE_DIR": told}
@@ -127,7 +127,7 @@ def test_test_batch_too_large_for_the_device(tiny, small_teacher, monkeypatch):
     "command",
     [
         ["main.py", "--config.compare=False", "--config.teacher_checkpoint=TEACHER", "--workdir=OUT"],
-        ["main.py", "--mode=eval", "--workdir=TEACHER"],
+        SLOW(["main.py", "--mode=eval", "--workdir=TEACHER"]),
         SLOW(["-m", "rkd_jax.convert", "--checkpoint", "TEACHER", "--output", "OUT"]),
         SLOW(["-m", "rkd_jax.export", "TEACHER", "--output", "OUT"]),
     ],
@@ -147,7 +147,7 @@ def test_no_device(command, teacher, tmp_path):
     "command",
     [
         "rkd_jax.methods kd dkd",
-        "rkd_jax.report.run --table 4 --dry_run",
+        SLOW("rkd_jax.report.run --table 4 --dry_run"),
         "main --mode=eval --workdir TEACHER --config.num_test=8",
     ],
 )

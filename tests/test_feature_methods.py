@@ -335,7 +335,13 @@ LONG = [
     ("reviewkd", {}, "teacher"),
     ("reviewkd", {}, "longer teacher"),
     ("reviewkd", {}, "larger teacher"),
+    ("reviewkd", {}, "smaller teacher"),
     ("fcfd", {"teacher_in_training": False, "extra_paths": 4}, "longer teacher"),
+    *(("fcfd", {"extra_paths": count}, kind) for count, kind in ((0, "larger teacher"), (1, "smaller teacher"))),
+    *(("fcfd", {"extra_paths": count}, kind) for count, kind in ((3, "teacher"), (4, "longer teacher"))),
+    ("vid", {}, "smaller teacher"),
+    ("vid", {"initial_variance": 0.5}, "teacher"),
+    ("norm", {"kd_weight": 2.0, "temperature": 3.0}, "teacher"),
     *(case for case in CASES if case[2] == "activated student's teacher"),
 ]
 
@@ -792,7 +798,7 @@ def test_the_documentations_network_has_what_they_read(name, tmp_path, monkeypat
     assert {value.shape for value in found.values()} == {()}
 
 
-@pytest.mark.parametrize("name", [SLOW(name) if name == "reviewkd" else name for name in sorted(FEATURES)])
+@pytest.mark.parametrize("name", [SLOW(x) if x in ("norm", "reviewkd", "vid") else x for x in sorted(FEATURES)])
 def test_images_that_are_not_square(name):
     """Maps of twice the width, each pixel twice: what is averaged over positions stays, and all else has a value."""
     wide = [jax.tree.map(lambda x: x.repeat(2, axis=2) if x.ndim == 4 else x, side) for side in (S, T)]

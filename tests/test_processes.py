@@ -261,7 +261,7 @@ def test_port_that_is_taken():
     assert last.endswith("; take a free one")
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, SLOW(1)])
 def test_process_whose_others_do_not_come(index):
     with socket.socket() as free:
         free.bind(("localhost", 0))

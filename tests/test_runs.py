@@ -489,7 +489,7 @@ def test_folded_teacher_gives_the_same_losses(tiny, tmp_path):
     assert lines[0][0]["distill"] == pytest.approx(lines[1][0]["distill"], rel=1e-4)
 
 
-def test_training_and_evaluating_never_import_tensorflow(tiny, tmp_path):
+def test_training_and_evaluating_never_import_tensorflow_or_pytorch(tiny, tmp_path):
     script = (
         "import sys; sys.modules['tensorflow'] = None\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
@@ -497,6 +497,7 @@ def test_training_and_evaluating_never_import_tensorflow(tiny, tmp_path):
         "from rkd_jax import evaluate, runs\n"
         f"config = ConfigDict({tiny(num_steps=2).to_dict()!r})\n"
         f"runs.run(config, {str(tmp_path / 'run')!r}); evaluate.run(config, {str(tmp_path / 'run')!r})\n"
+        "assert 'torch' not in sys.modules\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

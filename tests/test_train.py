@@ -374,7 +374,7 @@ def test_best_before_a_run_was_stopped_stays_the_best(tiny, tmp_path, monkeypatc
     assert checkpoint.read_metadata(tmp_path / "run" / "best")["step"] == 8
 
 
-@pytest.mark.parametrize("again", [60.0, 40.0])  # as on a CPU, and by a GPU's other rounding
+@pytest.mark.parametrize("again", [SLOW(60.0), 40.0])  # as on a CPU, and by a GPU's other rounding
 def test_best_that_no_checkpoint_tells_of_is_the_best(tiny, tmp_path, monkeypatch, again):
     accuracies, save = iter((50.0, 60.0, again, again)), checkpoint.Checkpoints.save  # of steps 8, 12, and 12 again
     monkeypatch.setattr(steps, "evaluate", lambda *_: {"top1": next(accuracies), "top5": 90.0, "loss": 1.0})
@@ -944,7 +944,7 @@ def test_student_that_begins_with_given_weights(tiny, small_teacher, tmp_path, c
             experiment.build(tiny(**{"student_checkpoint": str(small_teacher)} | fields))
 
 
-@pytest.mark.parametrize("other", [{"num_classes": 7}, {"class_names": ["none"]}])
+@pytest.mark.parametrize("other", [{"num_classes": 7}, SLOW({"class_names": ["none"]})])
 def test_student_that_begins_with_a_network_of_other_classes(tiny, tmp_path, other, monkeypatch, capsys):
     named = data.load("digits", num_train=64, num_test=40)._replace(class_names=tuple("0123456789"))
     monkeypatch.setattr(data, "load", lambda *_: named)
@@ -973,7 +973,7 @@ def network_folder(path, name, num_classes, shape=(8, 8, 1), **facts):
     return {"student": name, "student_checkpoint": str(path)}, variables
 
 
-@pytest.mark.parametrize("num_classes", [10, 7])
+@pytest.mark.parametrize("num_classes", [10, SLOW(7)])
 def test_student_without_batch_statistics_begins_with_given_weights(tiny, tmp_path, num_classes, capsys):
     fields, given = network_folder(tmp_path / "given", "small_network:Plain", num_classes)
     train.train_and_evaluate(tiny(**fields, num_steps=1, learning_rate=0.0), tmp_path / "run")
@@ -1095,9 +1095,9 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
             "--config.method=ranking_alinment",
             "config.method='ranking_alinment' is no method; did you mean 'ranking_alig",
         ),
-        ("--config.lerning_rate=1", 'Did you mean "learning_rate"'),
+        SLOW("--config.lerning_rate=1", 'Did you mean "learning_rate"'),
         SLOW("--config.lam=much", "Error: --config.lam=much: "),
-        ("--config.smoke=Foo", "Error: --config.smoke=Foo: not a boolean; write True or False"),
+        SLOW("--config.smoke=Foo", "Error: --config.smoke=Foo: not a boolean; write True or False"),
         SLOW("--lam=3", "Error: --lam is no flag; write --config.lam"),
         SLOW("--config.seed=1 --config=configs/digits.py", "--config was specified; put --config=FILE first"),
         SLOW("--mod=eval", "Error: Unknown command line flag 'mod'. Did you mean: mode ?"),
@@ -1116,7 +1116,7 @@ def test_main_reports_a_users_error_in_one_sentence(tmp_path, flag, message):
 
 
 @pytest.mark.parametrize(
-    "line", ['config.lam = "5"', "config.seed = 1 / 0", SLOW("config.decay_epochs = 5"), SLOW("no_such()")]
+    "line", ['config.lam = "5"', SLOW("config.seed = 1 / 0"), SLOW("config.decay_epochs = 5"), SLOW("no_such()")]
 )
 def test_an_error_in_a_config_has_its_line(tmp_path, line):
     lines = ["from configs import default", "", "def get_config():", "    config = default.get_config()", f"    {line}"]

@@ -86,6 +86,7 @@ def test_training_equals_pytorchs(loss, fields):
     run, state, inputs, step = prepare(config)
     state = state._replace(params=state.params | {"student": ours["params"]}, batch_stats=ours["batch_stats"])
     inputs = inputs._replace(teacher=convert.from_torch(teacher.state_dict(), "resnet8", CLASSES))
+    state, inputs = steps.replicate((state, inputs), steps.data_mesh(BATCH))
 
     mean, std = (np.asarray(x) for x in run.recipe.student_normalization)
     assert run.recipe.teacher_normalization == run.recipe.student_normalization
@@ -101,6 +102,7 @@ def test_training_equals_pytorchs(loss, fields):
     for i in range(STEPS):
         state, metrics = step(state, inputs, orders[i // EPOCH])
         found.append(float(metrics["loss"]))
+    assert step.compilations() == 1
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     after = {"params": state.params["student"], "batch_stats": state.batch_stats}
     reference = convert.from_torch(student.state_dict(), "resnet8", CLASSES)
