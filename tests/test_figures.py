@@ -124,6 +124,7 @@ def drawn(*arguments):
     return figure, [box for box in around if box.x0 < 0 or box.y0 < 0 or box.x1 > figure.bbox.x1]
 
 
+@pytest.mark.slow
 def test_headlines_and_legends_stay_inside(student, tmp_path):
     runs = [run(tmp_path / f"lam={lam},seed=0") for lam in range(8)]
     assert drawn("curves", "--runs", *runs)[1] == []
@@ -182,6 +183,7 @@ def test_tsne_of_thirty_classes_keeps_its_panel(student, monkeypatch):
     assert sizes(figure)[0] == pytest.approx((3.2, 3.2), abs=0.3)
 
 
+@pytest.mark.slow
 def test_maps_and_lists_keep_their_size_with_long_class_names(teacher, student, monkeypatch):
     logits = ["--teacher", teacher, "--students", student]
     named_classes(monkeypatch, "long name of a class, which somebody wrote out in full")

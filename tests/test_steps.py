@@ -200,10 +200,10 @@ def test_each_step_and_view_draws_anew_the_images_by_the_datas_key_and_the_rest_
 
     monkeypatch.setattr(steps.augment, "view", noise)
     _, state, inputs, step = prepare(tiny(views="both", student="test_steps:Drawn"), Keys())
-    first, order = jax.device_get(state), steps.epoch_order(RNG, 0, 64)
+    first, order, mesh = jax.device_get(state), steps.epoch_order(RNG, 0, 64), steps.data_mesh(8)
 
     def draw(state, **keys):
-        state, _ = step(state, inputs._replace(**keys), order)
+        state, _ = step(*steps.replicate((state, inputs._replace(**keys)), mesh), order)
         return state, np.array(state.method_state)  # [view, what]
 
     state, one = draw(first)
