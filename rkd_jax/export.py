@@ -241,6 +241,8 @@ def run(args: argparse.Namespace) -> None:
         name = FORMATS[kind].file
         files[name] = write(export, kind, args.output / name, pixels) | provenance.record() | {"device": DEVICE}
         _files.write_json(path, facts | {"files": files})
+        for other in {FORMATS[kind].file for kind in formats} - {*files}:  # another network's, should its format fail
+            (args.output / other).unlink(missing_ok=True)
 
 
 def _described(path: Path) -> dict[str, Any]:

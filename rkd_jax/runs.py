@@ -13,6 +13,8 @@ from ml_collections import ConfigDict
 from rkd_jax import _devices, _files, evaluate, experiment, methods, models, processes, provenance, run_folder, train
 from rkd_jax.methods import takd
 
+LONGEST = 255  # bytes: what file systems take of a name
+
 
 def run(config: ConfigDict, workdir: str | os.PathLike, given: Collection[str] = ()) -> None:
     """What `python main.py` does; ValueError where the folder holds something else, a sweep where this is one run.
@@ -168,6 +170,11 @@ def expand(config: ConfigDict) -> list[tuple[str, ConfigDict]]:
         if any(other.to_dict() == member.to_dict() for _, other in members):
             raise ValueError(f"config.sweep={config.sweep!r} names a student twice; name each once")
         name = ",".join(f"{field}={value}" for field, value in choice).replace(os.sep, "_")
+        if (length := len(os.fsencode(name))) > LONGEST:
+            raise ValueError(
+                f"config.sweep: a student's folder would be named {name[:60]!r} and so on, {length} letters, and file "
+                f"systems take {LONGEST}; vary less, or name files by shorter paths"
+            )
         members.append((name, member))
         swept.append({field for field, _ in choice})
     if (small := set().union(*swept) & {*experiment.SMOKE}) and config.smoke:

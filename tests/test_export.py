@@ -255,6 +255,19 @@ def test_files_of_another_network_are_not_left_beside_the_new_ones(network, tmp_
     assert (tmp_path / "mine.txt").read_text() == "before"
 
 
+def test_format_that_fails_leaves_no_file_of_another_network(network, tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyError("no such operation")
+
+    (tmp_path / "network.json").write_text(json.dumps({"network": "resnet8", "fingerprint": "another", "files": {}}))
+    (tmp_path / "network.jaxexport").write_text("another's")
+    monkeypatch.setitem(export.FORMATS, "jax", export.FORMATS["jax"]._replace(write=fail))
+    with pytest.raises(SystemExit, match="--formats jax: resnet8 cannot be converted"):
+        export.main([str(network), "--output", str(tmp_path), "--formats", "torch", "jax"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["network.json", "network.pth"]
+    assert [*json.loads((tmp_path / "network.json").read_text())["files"]] == ["network.pth"]
+
+
 def test_images_of_a_folder_come_in_the_networks_size(network, tmp_path, capsys):
     for label in range(12):
         (tmp_path / "images" / f"{label:02}").mkdir(parents=True)

@@ -249,6 +249,10 @@ def test_sweep_of_a_runs_record(tiny):
         ("smoke=True,False", "smoke is of the whole sweep; set config.smoke$"),
         ("method=kd,takd", "method=takd trains a chain of networks"),
         ("method=kd,dkf", "did you mean 'dk"),
+        (
+            f"teacher_checkpoint={240 * 'x'},y",
+            r"named .teacher_checkpoint=x+. and so on, 259 letters, and file systems take 255",
+        ),
     ],
 )
 def test_wrong_sweep_is_named(tiny, tmp_path, sweep, message):
