@@ -13,6 +13,7 @@ from rkd_jax import _files, checkpoint, experiment
 NOT_COMPUTED = ("data_dir", "teacher_checkpoint", "student_checkpoint", "checkpoint_seconds", "stream")
 # Fields that a run may go on with in another value.
 MAY_CHANGE = ("log_every", "eval_batch_size", "steps_per_call")
+LENGTH = {"num_epochs", "num_steps", "decay_epochs"}
 # What a command leaves in its folder, and the files that tell it.
 KINDS = {
     "one run": ("config.json",),
@@ -65,15 +66,18 @@ def _agree(workdir: Path, there: Mapping[str, Any], config: Mapping[str, Any]) -
     """ValueError where a config is not that of the run in a folder."""
     names = [name for name in {**there, **config} if name not in NOT_COMPUTED + MAY_CHANGE]
     means = {name: f" ({what})" for name, what in experiment.FINGERPRINTS.items()}
-    differences = [
-        f"  config.{name}: {there.get(name)!r} there, {config.get(name)!r} here{means.get(name, '')}"
+    differences = {
+        name: f"  config.{name}: {there.get(name)!r} there, {config.get(name)!r} here{means.get(name, '')}"
         for name in names
         if there.get(name) != config.get(name)
-    ]
+    }
     if differences:
+        network = workdir / "last"
+        longer = differences.keys() <= LENGTH and (network / "metadata.json").exists()
+        train_on = f"\nTo train its network on: another folder, and config.student_checkpoint={str(network)!r}"
         raise ValueError(
             f"--workdir={workdir} holds a run of another config; name another folder, remove this one, or use "
-            "that run's values:\n" + "\n".join(differences)
+            "that run's values:\n" + "\n".join(differences.values()) + train_on * longer
         )
 
 

@@ -536,8 +536,10 @@ def test_what_a_short_run_leaves_out_of_its_schedule_is_said(tiny, tmp_path, cap
 def test_workdir_of_another_config_is_refused(tiny, finished):
     workdir, _ = finished(tiny())
     before = (workdir / "config.json").read_text()
-    with pytest.raises(ValueError, match=r"config.temperature: 4.0 there, 2.0 here"):
+    with pytest.raises(ValueError, match=r"config.temperature: 4.0 there, 2.0 here$"):
         train.train_and_evaluate(tiny(temperature=2.0), workdir)
+    with pytest.raises(ValueError, match=r": 12 there, 20 here\nTo train its network on: .*_checkpoint='.*last'$"):
+        train.train_and_evaluate(tiny(num_steps=20), workdir)
     assert (workdir / "config.json").read_text() == before
 
 
