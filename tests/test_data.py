@@ -229,6 +229,17 @@ def test_a_read_only_folder_is_cached_in_the_users(tiny):
         parent.chmod(0o755)
 
 
+def test_what_a_kill_left_of_a_cache_goes_after_a_day(tmp_path):
+    old, fresh, others = (tmp_path / f".[1.0.0].uint8.{rest}" for rest in ("abc_1234", "abc_5678", "my_backup"))
+    for folder in (old, fresh, others):
+        folder.mkdir()
+        (folder / "train_images.npy").write_text("half")
+    for folder in (old, others):
+        os.utime(folder, (time.time() - 25 * 3600,) * 2)
+    _cache.write(tmp_path / "[1.0.0].uint8", "own", "1.0.0", "", data.random("digits", 10, 10))
+    assert {*tmp_path.iterdir()} == {fresh, others, tmp_path / "[1.0.0].uint8"}
+
+
 def test_a_damaged_cache_is_decoded_anew(tiny):
     data.load("tiny_imagenet", str(tiny))
     cache = tiny / "tiny_imagenet" / "1.0.0.uint8"

@@ -1,8 +1,11 @@
 """Decoded sets: four .npy files and meta.json, in a folder that appears all at once, memory-mapped at every start."""
 
+import contextlib
+import glob
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from absl import logging
 from rkd_jax.data.base import Split, Splits
 
 _FORMAT = 1  # another number is decoded anew
+_ABANDONED = 24 * 3600  # seconds: older ones that are not in place were left by a process that was killed
 
 
 def read(folder: Path, name: str, fingerprint: str | None = None, image_size: int | None = None) -> Splits | None:
@@ -45,7 +49,12 @@ def write(folder: Path, name: str, version: str, fingerprint: str, splits: Split
     folder.parent.mkdir(parents=True, exist_ok=True)
     if not folder.parent.stat().st_mode & 0o222:  # what its owner made read-only stays so, for root too
         raise PermissionError(f"{folder.parent} is read-only")
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    prefix = f".{folder.name}."
+    for left in folder.parent.glob(glob.escape(prefix) + 8 * "[a-z0-9_]"):  # as mkdtemp names them
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(left)
+    partial = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         for split, (images, labels) in (("train", splits.train), ("test", splits.test)):
             np.save(partial / f"{split}_images.npy", images)
