@@ -352,7 +352,7 @@ def _unused(fields: Fields) -> dict[str, Any]:
 def check_used(configs: Sequence[ConfigDict], given: Iterable[str]) -> None:
     """ValueError where a field that was given by hand, and not switched off, does nothing in any of the configs."""
     idle = [_idle(config) for config in configs]
-    off = OFF | TEACHER_OFF
+    off = OFF | TEACHER_OFF | {"view_reduction": "sum"}
     for field in sorted(off.keys() & {*given} - {"weight_decay"}):  # which is an error, given or not
         on = (config[field] not in (None, off[field]) for config in configs)
         if all(on) and all(field in fields for fields in idle):
@@ -370,6 +370,8 @@ def _idle(config: ConfigDict) -> dict[str, str]:
     idle = {field: owners.get(field, "optimizer") for field in _unused(fields)}
     if fields.optimizer == "sgd" and not fields.momentum:
         idle["nesterov"] = "momentum"
+    if len(_views(fields)) == 1:
+        idle["view_reduction"] = "views"
     return idle if methods.load(fields.method).needs_teacher else idle | dict.fromkeys(TEACHER_OFF, "method")
 
 

@@ -222,6 +222,7 @@ def test_config_that_cannot_be(tiny, tmp_path, fields, complaint):
         ({"method": "cross_entropy"}, ["teacher_checkpoint"], "teacher_checkpoint='.*'", "method"),
         ({"method": "cross_entropy", "fold_teacher": True}, ["fold_teacher"], "fold_teacher=True", "method"),
         ({"views": "test_train:cropped"}, ["crop_padding"], "crop_padding=1", "views"),
+        ({"view_reduction": "mean"}, ["view_reduction"], "view_reduction='mean'", "views"),
         ({"sweep": "schedule=cosine decay_factor=0.1,0.2"}, [], "decay_factor=0.1", "schedule"),
         ({"sweep": "schedule=cosine seed=0,1"}, ["decay_factor"], "decay_factor=0.1", "schedule"),
     ],
@@ -250,6 +251,7 @@ def test_field_that_does_something_in_one_of_a_sweep_or_is_off_may_be_set(tiny):
     experiment.check_used([tiny(optimizer="optax:adamw", momentum=0.0)], ["momentum"])
     experiment.check_used([tiny(method="cross_entropy", teacher="")], ["teacher"])
     experiment.check_used([tiny(views="weak+test_train:cropped")], ["crop_padding"])
+    experiment.check_used([tiny(view_reduction="mean"), tiny(view_reduction="mean", views="both")], ["view_reduction"])
 
 
 @pytest.mark.usefixtures("fast_compile")
