@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_flags --output results/gpu_flags.json
 
 Each variant is a process of its own: all compile at the same time, for a minute, and are then timed in turn, each
-alone on the device, three times 284 steps. The pairs are those of `benchmarks.train_step`, with both views, the batch
+alone on the device, three times 284 steps. The pairs are those of `benchmarks.train_step`, with both views, the set
 on the device and 71 steps a call. With `--peers`, PyTorch's eager steps too, as `benchmarks.train_step` has them.
 """
 

@@ -1,6 +1,6 @@
 """Tiny-ImageNet, ResNet18 by cross-entropy: the teacher of Table 3, which has 62.99.
 
-python main.py --config configs/teachers/tinyimagenet_resnet18.py --workdir runs/alone/tinyimagenet_resnet18
+python main.py --config configs/teachers/tinyimagenet_resnet18.py --workdir runs/teachers/resnet18
 """
 
 from configs import tinyimagenet
