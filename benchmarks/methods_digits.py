@@ -33,7 +33,7 @@ def main():
 
     base = digits.get_config()
     base.update(compare=False, views="both", num_epochs=flags.epochs, eval_epochs=flags.epochs)
-    base.update(decay_epochs=(int(0.6 * flags.epochs), int(0.8 * flags.epochs)))
+    base.update(decay_epochs=(0.6 * flags.epochs, 0.8 * flags.epochs))
     train.train_and_evaluate(experiment.alone(base, base.teacher), flags.workdir / "teacher")
     base.teacher_checkpoint = str(flags.workdir / "teacher" / "last")
 

@@ -345,14 +345,13 @@ def _to_folder(args: argparse.Namespace) -> str:
 
 def _to_file(args: argparse.Namespace) -> str:
     """A network's folder to a file for PyTorch; returns what to print."""
-    for flag in ("dataset", "mean", "std", "prefix"):
+    for flag in ("dataset", "mean", "std", "image_size", "prefix"):
         if getattr(args, flag) is not None:
             raise ValueError(
                 f"--{flag} is for a PyTorch file; --checkpoint={args.checkpoint!r} is a folder: leave it out"
             )
     variables, metadata = checkpoint.load_network(args.checkpoint, args.model, args.num_classes, field="--checkpoint")
-    name = models.resolve(metadata["network"], args.image_size or metadata.get("image_size"), field="--checkpoint")
-    output = Path(args.output)
+    name, output = metadata["network"], Path(args.output)
     if output.suffix not in (".pth", ".pt", ".safetensors"):
         raise ValueError(f"--output={str(output)!r}: end it in .pth, .pt or .safetensors, which says what to write")
     output.parent.mkdir(parents=True, exist_ok=True)

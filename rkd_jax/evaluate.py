@@ -51,9 +51,7 @@ def restore(
         raise ValueError(f"image_shape={tuple(image_shape)}; give height, width and channels, such as (32, 32, 3)")
     classes = {"num_classes": splits.num_classes, "class_names": splits.class_names} if splits else {}
     variables, metadata = checkpoint.load_network(path, field=field, **classes)
-    network = models.create(
-        metadata["network"], metadata["num_classes"], image_size=image_shape[0], field=f"network of {path}"
-    )
+    network = models.create(metadata["network"], metadata["num_classes"], field=f"network of {path}")
     experiment.check_variables(network, variables, tuple(image_shape), str(path))
     return Restored(network, variables, steps.Normalization(tuple(metadata["mean"]), tuple(metadata["std"])), metadata)
 

@@ -32,7 +32,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from rkd_jax import _devices, _files, _flags, checkpoint, convert, evaluate, models, provenance
+from rkd_jax import _devices, _files, _flags, checkpoint, convert, evaluate, provenance
 from rkd_jax.models import _conv
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -109,7 +109,7 @@ def to_jax(export: Export, path: Path) -> Predict:
 def to_torch(export: Export, path: Path) -> Predict:
     """A state dict; read back, it is applied by Flax, for PyTorch need not be here."""
     network, metadata = export.network, export.network.metadata
-    name = models.resolve(metadata["network"], export.shape[0], field="FOLDER")
+    name = metadata["network"]
     convert.save(path, network.variables, name, metadata | {"image_size": export.shape[0]})
     again = convert.from_torch(path, name, metadata["num_classes"])
     apply = jax.jit(dataclasses.replace(export, network=dataclasses.replace(network, variables=again)))
@@ -239,7 +239,8 @@ def run(args: argparse.Namespace) -> None:
     files = files if there == facts else {}  # of the same network, input and output
     for kind in formats:
         name = FORMATS[kind].file
-        files[name] = write(export, kind, args.output / name, pixels) | provenance.record() | {"device": DEVICE}
+        made = provenance.record() | {"device": DEVICE, "convolutions": "XLA"}  # whatever else there is: see `main`
+        files[name] = write(export, kind, args.output / name, pixels) | made
         _files.write_json(path, facts | {"files": files})
         for other in {FORMATS[kind].file for kind in formats} - {*files}:  # another network's, should its format fail
             (args.output / other).unlink(missing_ok=True)

@@ -54,15 +54,9 @@ def resident(plan: Iterable[Call], rng: jax.Array, steps_per_epoch: int, split: 
 
 
 def streamed(
-    plan: Iterable[Call],
-    rng: jax.Array,
-    steps_per_epoch: int,
-    split: Split,
-    mesh: Mesh,
-    batch_size: int,
-    ahead: int = 2,
+    plan: Iterable[Call], rng: jax.Array, steps_per_epoch: int, split: Split, mesh: Mesh, batch_size: int
 ) -> Iterator[Call]:
-    """The calls with their batches, the same images in the same order, read `ahead` of need by a thread of their own.
+    """The calls with their batches, the same images in the same order, two read ahead of need by a thread of their own.
 
     Each process reads the rows that its devices take.
     """
@@ -90,7 +84,7 @@ def streamed(
         try:
             for call in plan:
                 pending.append(pool.submit(read, call))
-                if len(pending) > ahead:
+                if len(pending) > 2:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -132,9 +132,7 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-@functools.cache
-def _say_once(line: str) -> None:
-    _say(line)
+_say_once = functools.cache(_say)
 
 
 class Clock:

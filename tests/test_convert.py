@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SLOW
 
-from rkd_jax import checkpoint, convert, data, evaluate, models, torch_file
+from rkd_jax import checkpoint, convert, data, evaluate, experiment, models, torch_file
 from rkd_jax.data import cifar100
 
 torch = pytest.importorskip("torch")
@@ -520,6 +520,22 @@ def test_command_takes_the_64x64_form_there_and_back(tmp_path, capsys):
     command(capsys, "--checkpoint", tmp_path / "folder", "--output", tmp_path / "x.safetensors")
     back = safetensors.torch.load_file(tmp_path / "x.safetensors")
     assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+def test_network_stays_in_the_form_that_it_was_trained_in(tmp_path, capsys):
+    """MobileNetV2 on 64 pixels, where its name in a config means another form."""
+    network = models.create("MobileNetV2", 5)
+    variables = experiment.untrained(network, (64, 64, 3))
+    metadata = {"network": "MobileNetV2", "num_classes": 5, "mean": [0.5] * 3, "std": [0.2] * 3, "image_size": 64}
+    checkpoint.save_network(tmp_path / "folder", variables, metadata)
+    assert evaluate.restore(tmp_path / "folder", (64, 64, 3)).network == network
+    assert "MobileNetV2, 5 classes" in command(
+        capsys, "--checkpoint", tmp_path / "folder", "--output", tmp_path / "x.pth"
+    )
+    back = convert.from_torch(tmp_path / "x.pth", "MobileNetV2", 5)
+    jax.tree.map(np.testing.assert_array_equal, back, variables)
+    flags = "--checkpoint", tmp_path / "folder", "--image_size", 64, "--output", tmp_path / "y.pth"
+    assert "--image_size is for a PyTorch file" in refusal(capsys, *flags)
 
 
 def test_real_resnet56(real, tmp_path, capsys):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -246,6 +247,8 @@ def test_a_damaged_cache_is_decoded_anew(tiny):
     for name in ("train_images.npy", "meta.json", "test_labels.npy"):
         (cache / name).write_bytes((cache / name).read_bytes()[:100])
         check_tiny(data.load("tiny_imagenet", str(tiny)))
+    (cache / "train_images.npy").write_bytes(b"")
+    check_tiny(data.load("tiny_imagenet", str(tiny)))
     (cache / "test_images.npy").unlink()
     check_tiny(data.load("tiny_imagenet", str(tiny)))
     assert not list(cache.parent.glob(".*"))  # nothing half written is left
@@ -836,3 +839,14 @@ def test_photos_are_upright_and_hidden_files_passed_over(tmp_path, caplog):
     assert photo[-5:].max() < 5
     assert "files of other suffixes than .avif, .bmp" in caplog.text
     assert caplog.text.endswith("are passed over: 1 .txt\n")
+
+
+@pytest.mark.parametrize(("kind", "orientation"), [(2, "6"), (7, b"6\0")])  # EXIF's types of text and of bytes
+def test_an_orientation_that_is_no_number_is_none(tmp_path, kind, orientation):
+    write_folder(tmp_path, {"ape": 10, "bee": 10}, size=(12, 12))
+    entry = struct.pack("<HHHI4sI", 1, ExifTags.Base.Orientation, kind, 2, b"6", 0)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entry
+    Image.fromarray(np.zeros((6, 12, 3), np.uint8)).save(tmp_path / "bee" / "z.jpg", exif=exif)
+    with Image.open(tmp_path / "bee" / "z.jpg") as image:
+        assert image.getexif()[ExifTags.Base.Orientation] == orientation
+    assert data.load(f"folder:{tmp_path}", image_size=12).train.images.shape[1:] == (12, 12, 3)

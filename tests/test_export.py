@@ -234,7 +234,7 @@ def test_every_file_that_is_there_is_described(network, tmp_path):
         export.main([str(network), "--output", str(tmp_path), "--formats", kind])
     files = json.loads((tmp_path / "network.json").read_text())["files"]
     assert [*files] == ["network.jaxexport", "network.pth"]
-    assert all(file["device"] and file["date"] for file in files.values())
+    assert all(file["device"] and file["date"] and file["convolutions"] == "XLA" for file in files.values())
     export.main([str(network), "--output", str(tmp_path), "--formats", "torch", "--batch", "2"])  # another input
     assert [*json.loads((tmp_path / "network.json").read_text())["files"]] == ["network.pth"]
     (tmp_path / "network.json").write_text("[]")

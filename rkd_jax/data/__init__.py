@@ -36,7 +36,7 @@ def load(
     num_test: int | None = None,
     image_size: int | None = None,
 ) -> Splits:
-    """A data set by name, whole or the first `num_train` and `num_test` images of it (see `subset`).
+    """A data set by name, whole or `num_train` and `num_test` images of it (see `subset`).
 
     `data_dir` is TFDS's: it holds <name>/<version>/; "" means $TFDS_DATA_DIR or ~/tensorflow_datasets. `image_size` is
     read by "tfds:" and "folder:" alone: the side in pixels to which every image is resized (None: images of unequal

@@ -36,7 +36,7 @@ def read(folder: Path, name: str, fingerprint: str | None = None, image_size: in
         return Splits(*splits, meta["num_classes"], tuple(meta["mean"]), tuple(meta["std"]), names)
     except (FileNotFoundError, PermissionError):  # another user's, whose images are not for all
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         logging.warning("The cache %s is damaged (%s) and is not used", folder, error)
         return None
 

@@ -189,7 +189,8 @@ def _read(file: Path, shape: tuple[int, int, int]) -> np.ndarray:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF's: 1 is upright, and from 5 on width and height change places. A PNG's would take decoding to know."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1) if image.format in ("JPEG", "MPO") else 1
+    turn = image.getexif().get(ExifTags.Base.Orientation) if image.format in ("JPEG", "MPO") else 1
+    return turn if isinstance(turn, int) else 1
 
 
 def _open(file: Path) -> Image.Image:

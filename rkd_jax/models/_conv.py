@@ -35,19 +35,13 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 
 
 def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
-    """`jax.lax.conv_general_dilated` as flax.linen.Conv calls it, on CPU by the fastest way."""
+    """`jax.lax.conv_general_dilated` of `layers.conv`: square, padded evenly, undilated; on CPU by the fastest way."""
     size, stride, side = kernel.shape[0], strides[0], padding[0][0]
-    square = (
-        (kernel.ndim, kernel.shape[1], tuple(strides)) == (4, size, (stride, stride))
-        and all(pair == (side, side) for pair in padding)
-        and set(options["lhs_dilation"]) == set(options["rhs_dilation"]) == {1}
-        and not _xla_alone.get()
-    )
-    groups = options["feature_group_count"]
-    if square and groups == x.shape[-1] == kernel.shape[-1] and jax.default_backend() == "cpu":
+    alone, groups = _xla_alone.get(), options["feature_group_count"]
+    if not alone and groups == x.shape[-1] == kernel.shape[-1] and jax.default_backend() == "cpu":
         fits = x.dtype == kernel.dtype == jnp.float32 and size == 3 and side < size
         return (_depthwise if fits and available() else _depthwise_products)(stride, side, x, kernel)
-    if not square or groups > 1 or not available():
+    if alone or groups > 1 or not available():
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
     if (size, stride, side) == (1, 1, 0):  # of pixels in one row
         batch, height, width, channels = x.shape
@@ -152,7 +146,7 @@ def _primitive(name: str, function: Callable, shape: Callable, images: int | Non
 
 
 def _forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    shape = jax.eval_shape(lambda x, kernel: _xla(x, kernel, stride, padding), x, kernel).shape
+    shape = Geometry(x.shape, kernel.shape, stride, padding).y()
     if x.dtype == kernel.dtype == jnp.float32 and shape[3] % LANES == 0 and shape[2] >= NARROWEST:
         return _call("rkd_conv", shape, x, kernel, stride, padding)
     return _xla(x, kernel, stride, padding)
@@ -206,8 +200,8 @@ def _depthwise_products(stride: int, padding: int, x: jax.Array, kernel: jax.Arr
 
 
 def _depthwise_forward(x: jax.Array, kernel: jax.Array, stride: int, padding: int) -> jax.Array:
-    rows, columns = ((side + 2 * padding - len(kernel)) // stride + 1 for side in x.shape[1:3])
-    return _call("rkd_depthwise", (len(x), rows, columns, x.shape[3]), x, kernel, stride, padding, dilation=1)
+    shape = Geometry(x.shape, kernel.shape, stride, padding).y()
+    return _call("rkd_depthwise", shape, x, kernel, stride, padding, dilation=1)
 
 
 def _depthwise_input(kernel: jax.Array, dy: jax.Array, shape: tuple, stride: int, padding: int) -> jax.Array:

@@ -293,7 +293,7 @@ class Campaign:
         """Of an item's runs, keeps the finished ones' best networks, as float16, and the curves; removes the rest."""
         speeds = {}
         for each in planned:
-            cell, facts = each.cells[0], {}
+            cell = each.cells[0]
             if (metrics := each.folder / "metrics.jsonl").exists():
                 curves = self.out / "results" / "curves" / item.name / each.config.student
                 curves.mkdir(parents=True, exist_ok=True)

@@ -80,16 +80,10 @@ def unpack(folder: Path, target: Path) -> None:
                 raise ValueError(f"{folder} names a file outside of {target}: {name}")
             path.parent.mkdir(parents=True, exist_ok=True)
             content = archive.read(name)
-            path.write_bytes(content if path.suffix in TEXT else _by_word(content))
+            path.write_bytes(content if path.suffix in TEXT else _by_significance(content, (4, -1)))
 
 
-def _by_significance(content: bytes) -> bytes:
-    """The first bytes of all words of four, then the second ones, ...; what is left over, last."""
+def _by_significance(content: bytes, shape: tuple[int, int] = (-1, 4)) -> bytes:
+    """The first bytes of all words of four, then the second ones, ...; what is left over, last. (4, -1) undoes it."""
     whole = len(content) // 4 * 4
-    return np.frombuffer(content[:whole], np.uint8).reshape(-1, 4).T.tobytes() + content[whole:]
-
-
-def _by_word(content: bytes) -> bytes:
-    """Undoes `_by_significance`."""
-    whole = len(content) // 4 * 4
-    return np.frombuffer(content[:whole], np.uint8).reshape(4, -1).T.tobytes() + content[whole:]
+    return np.frombuffer(content[:whole], np.uint8).reshape(shape).T.tobytes() + content[whole:]
