@@ -13,6 +13,7 @@ from rkd_jax import _files, checkpoint, experiment
 NOT_COMPUTED = ("data_dir", "teacher_checkpoint", "student_checkpoint", "checkpoint_seconds", "stream")
 # Fields that a run may go on with in another value.
 MAY_CHANGE = ("log_every", "eval_batch_size", "steps_per_call")
+# Fields that say how long a run is.
 LENGTH = {"num_epochs", "num_steps", "decay_epochs"}
 # What a command leaves in its folder, and the files that tell it.
 KINDS = {

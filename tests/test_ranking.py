@@ -539,7 +539,9 @@ def test_the_documents_table_is_what_was_measured():
     assert f"{onset['p50']} for the median image, {onset['p1']} and {onset['p99']} at" in text
     assert f"{100 * found['top1']:.2f} % top-1" in text
     found = json.loads((docs / "images" / "soft_ranking_resnet32x4.json").read_text())
-    onset, blocks = found["ranking_begins_at_eps"], found["by_eps"]
+    begins, onset, blocks = onset, found["ranking_begins_at_eps"], found["by_eps"]
+    readme = " ".join((docs.parent / "README.md").read_text().split())
+    assert f"below eps = {begins['p50']}, the headline's teacher's below {onset['p50']}." in readme
     assert f"({100 * found['top1']:.2f} % top-1), " in text
     assert f"it is {onset['p50']}, {onset['p1']} and {onset['p99']:.3f}: at eps = 1 all of its rows are one" in text
     assert blocks["1.0"]["one_block_fraction"] == 1

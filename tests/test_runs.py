@@ -502,6 +502,7 @@ def test_training_and_evaluating_never_import_tensorflow_or_pytorch(tiny, tmp_pa
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "top-1" in result.stdout
+    assert [*(tmp_path / "run" / "tensorboard").iterdir()]
 
 
 @pytest.mark.slow
