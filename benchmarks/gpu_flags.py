@@ -4,7 +4,8 @@
 
 Each variant is a process of its own: all compile at the same time, for a minute, and are then timed in turn, each
 alone on the device, three times 284 steps. The pairs are those of `benchmarks.train_step`, with both views, the set
-on the device and 71 steps a call. With `--peers`, PyTorch's eager steps too, as `benchmarks.train_step` has them.
+on the device and 71 steps a call. With `--peers`, PyTorch's steps too, as `benchmarks.train_step` has them: eager,
+compiled by `torch.compile`, and as one CUDA graph.
 """
 
 import argparse
@@ -55,15 +56,18 @@ def main():
     """Times every variant; prints a table, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("results/gpu_flags.json"))
-    parser.add_argument("--peers", action="store_true", help="PyTorch's eager steps too")
+    parser.add_argument("--peers", action="store_true", help="PyTorch's steps too")
+    parser.add_argument("--pairs", nargs="+", choices=(SMALL, LARGE), default=(SMALL, LARGE), help="these alone")
     parser.add_argument("--seconds", type=float, default=105, help="of compiling, after which those that are ready go")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--meet", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args()
+    variants = [variant for variant in VARIANTS if variant.pair in flags.pairs]
     if flags.one is not None:
-        return one(flags.one, flags.meet, flags.seconds)
+        return one(flags.one, flags.meet, flags.seconds, variants)
     with tempfile.TemporaryDirectory() as meet:
         command = [sys.executable, "-m", "benchmarks.gpu_flags", "--meet", meet, "--seconds", str(flags.seconds)]
+        command += ["--pairs", *flags.pairs]
         processes = [
             subprocess.Popen(
                 [*command, "--one", str(i)],
@@ -73,23 +77,23 @@ def main():
                     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
                 },
             )
-            for i, variant in enumerate(VARIANTS)
+            for i, variant in enumerate(variants)
         ]
         for process in processes:
             process.wait()
         rows = [json.loads(path.read_text()) for path in sorted(Path(meet).glob("*.json"))]
     from rkd_jax import _files, provenance
 
-    found = {"rows": rows, "peers": peers() if flags.peers else [], "provenance": provenance.record()}
+    found = {"rows": rows, "peers": peers(flags.pairs) if flags.peers else [], "provenance": provenance.record()}
     flags.output.parent.mkdir(parents=True, exist_ok=True)
     _files.write_json(flags.output, found)
     print(table(found))
     return None
 
 
-def one(index, meet, seconds):
+def one(index, meet, seconds, variants):
     """A variant's time, once those before it are timed."""
-    start, variant = time.monotonic(), VARIANTS[index]
+    start, variant = time.monotonic(), variants[index]
     try:
         import jax
 
@@ -101,7 +105,7 @@ def one(index, meet, seconds):
         compiled = time.monotonic()
         (meet / f"{index}.ready").touch()
         # Not beyond all measure: one that fails to compile is not waited for.
-        alone = wait_for([meet / f"{i}.ready" for i in range(len(VARIANTS))], start + seconds)
+        alone = wait_for([meet / f"{i}.ready" for i in range(len(variants))], start + seconds)
         alone &= wait_for([meet / f"{i}.done" for i in range(index)], start + seconds + 8 * index)
         run(2 * CALL)
         row = variant._asdict() | {"milliseconds": sorted(milliseconds(run, CALLS * CALL) for _ in range(3))}
@@ -141,20 +145,29 @@ def milliseconds(run, count):
     return round(1e3 * (time.perf_counter() - start) / count, 3)
 
 
-def peers():
-    """Milliseconds of PyTorch's eager steps, [least, median, most] of five times 60 steps."""
+def peers(chosen):
+    """Milliseconds of PyTorch's steps, [least, median, most] of five times 60 steps (20 as used), or what failed."""
     from benchmarks import train_step as pairs
 
+    sides = {
+        ("eager, step", "TF32"): pairs.torch_step,
+        ("eager, as used", "TF32"): pairs.torch_as_used,
+        ("torch.compile, step", "bfloat16"): lambda pair: pairs.torch_step(pair, "reduce-overhead"),
+        ("CUDA graph, step", "bfloat16"): lambda pair: pairs.torch_step(pair, graph=True),
+        ("torch.compile and CUDA graph, step", "bfloat16"): lambda pair: pairs.torch_step(pair, "default", graph=True),
+    }
     found = []
-    for pair, name, make in (
-        (SMALL, "step", pairs.torch_step),
-        (LARGE, "step", pairs.torch_step),
-        (SMALL, "as used", pairs.torch_as_used),
-    ):
-        run, count = make(pair), 20 if name == "as used" else 60
-        run(10)
-        times = sorted(milliseconds(run, count) for _ in range(5))
-        found.append({"pair": pair, "name": name, "milliseconds": [times[0], times[2], times[4]]})
+    for pair in chosen:
+        for (name, arithmetic), make in sides.items():
+            row = {"pair": pair, "name": name, "arithmetic": arithmetic}
+            try:
+                run, count = make(pair), 20 if "as used" in name else 60
+                run(10)
+                times = sorted(milliseconds(run, count) for _ in range(5))
+                row["milliseconds"] = [times[0], times[2], times[4]]
+            except Exception as error:  # whatever the compiler fails with
+                row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+            found.append(row)
     return found
 
 
@@ -169,9 +182,11 @@ def table(found):
             f"| {median:.2f} | {64e3 / median:,.0f} |"
         )
     for row in found["peers"]:
+        if "failed" in row:
+            continue
         median = row["milliseconds"][1]
         lines.append(
-            f"| {row['pair']} | PyTorch, eager, {row['name']} | TF32 | | {median:.1f} | {64e3 / median:,.0f} |"
+            f"| {row['pair']} | PyTorch, {row['name']} | {row['arithmetic']} | | {median:.1f} | {64e3 / median:,.0f} |"
         )
     return "\n".join(lines)
 

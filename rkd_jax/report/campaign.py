@@ -71,7 +71,7 @@ def items(scale: str) -> list[Item]:
         teacher("resnet32x4"),
         students("headline", (PAIR, ranking)),
         # One program: the teacher and the views, most of a step, are computed once for the two.
-        students("headline-fair", (PAIR, "cross_entropy"), (PAIR, "kd")),
+        students("headline-fair", (PAIR, "kd"), (PAIR, "cross_entropy")),
         *benchmarks[3:],
         students("eps", *((PAIR, f"{ranking}-eps={eps}-rank_scale=logits") for eps in (0.1, 0.05))),
         # With a given teacher, or not at all.
