@@ -73,7 +73,7 @@ def main():
                 [*command, "--one", str(i)],
                 env=os.environ
                 | {
-                    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS[variant.flags]}",
+                    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS[variant.flags]}".strip(),
                     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
                 },
             )
