@@ -58,16 +58,17 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("results/gpu_flags.json"))
     parser.add_argument("--peers", action="store_true", help="PyTorch's steps too")
     parser.add_argument("--pairs", nargs="+", choices=(SMALL, LARGE), default=(SMALL, LARGE), help="these alone")
+    parser.add_argument("--flags", nargs="+", choices=tuple(FLAGS), default=tuple(FLAGS), help="of XLA, these alone")
     parser.add_argument("--seconds", type=float, default=105, help="of compiling, after which those that are ready go")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--meet", type=Path, help=argparse.SUPPRESS)
     flags = parser.parse_args()
-    variants = [variant for variant in VARIANTS if variant.pair in flags.pairs]
+    variants = [variant for variant in VARIANTS if variant.pair in flags.pairs and variant.flags in flags.flags]
     if flags.one is not None:
         return one(flags.one, flags.meet, flags.seconds, variants)
     with tempfile.TemporaryDirectory() as meet:
         command = [sys.executable, "-m", "benchmarks.gpu_flags", "--meet", meet, "--seconds", str(flags.seconds)]
-        command += ["--pairs", *flags.pairs]
+        command += ["--pairs", *flags.pairs, "--flags", *flags.flags]
         processes = [
             subprocess.Popen(
                 [*command, "--one", str(i)],
