@@ -125,7 +125,26 @@ def test_ablation_that_has_begun_is_in_the_docs_as_in_results():
         assert max(line["top1"] for line in tests) == row["best"]
         assert round(statistics.mean(line["top1"] for line in tests[-10:]), 2) == row["mean_of_epochs_49_to_58"]
         means.append(f"{row['mean_of_epochs_49_to_58']:.2f}")
-    assert f"seed 0 | {' | '.join(means)} |" in (ROOT / "docs" / "findings.md").read_text()
+    longer = json.loads((ROOT / "results" / "headline_kd_begun.json").read_text())
+    ours, kd = (
+        {line["step"] // 781: line["top1"] for line in _tests(ROOT / curve)}
+        for curve in (found["rows"]["ranking_alignment"]["curve"], longer["curve"])
+    )
+    assert list(kd) == [*range(1, 129), 173, 185]
+    assert max(kd) * 781 == longer["steps"]
+    mean = {(a, b): [f"{statistics.mean(side[i] for i in range(a, b + 1)):.2f}" for side in (kd, ours)]
+            for a, b in ((49, 58), (99, 128))}  # fmt: skip
+    means.insert(2, mean[49, 58][0])
+    page = " ".join((ROOT / "docs" / "findings.md").read_text().split())
+    assert f"| full rate, mean of epochs 49 to 58 | {' | '.join(means)} |" in page
+    assert f"| full rate, mean of epochs 99 to 128 | | | {' | '.join(mean[99, 128])} |" in page
+    for when, epoch in (("after the first fall of the rate,", 173), ("after the second,", 185)):
+        assert f"| {when} epoch {epoch} | | | {kd[epoch]:.2f} | {ours[epoch]:.2f} |" in page
+    after, last = [ours[i] for i in range(181, 191)], [ours[i] for i in range(281, 301)]
+    assert f"a standard deviation of {statistics.stdev(after):.2f}" in page
+    assert f"{statistics.mean(after):.2f} % is its mean of those ten epochs, and {statistics.mean(last):.2f} of" in page
+    readme = " ".join(README.split())
+    assert f"kd was at {kd[185]:.2f} % after 185 epochs, and ranking_alignment at {ours[185]:.2f}" in readme
 
 
 def _tests(curve):
