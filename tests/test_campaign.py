@@ -1,5 +1,6 @@
 """The campaign: its parts, its list, stopping and going on; and training without the optional packages."""
 
+import contextlib
 import json
 import os
 import re
@@ -98,7 +99,7 @@ def test_list_is_made_of_cells():
     assert [cell.pair for cell in listed["teacher-wrn_40_2"].members] == [
         "cifar100_wrn40_2_wrn16_2", "cifar100_wrn40_2_wrn40_1", "cifar100_wrn40_2_sv1",
     ]  # fmt: skip
-    eps = cells.configure(listed["eps"].members[1], "full")
+    eps = cells.configure(listed["headline-eps=0.05"].members[0], "full")
     assert (eps.eps, eps.rank_scale, eps.num_epochs, eps.views) == (0.05, "logits", 300, "both")
     (alone,) = listed["alone-resnet8x4"].members
     config = cells.configure(alone, "full")
@@ -116,7 +117,7 @@ def short(monkeypatch):
         campaign.Item("given", (cells.Cell("cifar100_res56_res20", "kd", 0),)),
     ]
     monkeypatch.setattr(campaign, "items", lambda scale: listed)
-    monkeypatch.setitem(campaign.SCALES, "smoke", campaign.Scale("tiny", margin=0.0, least=0.0))
+    monkeypatch.setitem(campaign.SCALES, "smoke", campaign.Scale("tiny", margin=0.0, least=0.0, pack=60.0))
     size = cells.SCALES["tiny"]
     fields = {"num_train": 32, "num_test": 20, "batch_size": 8, "log_every": 2}
     monkeypatch.setitem(cells.SCALES, "tiny", size._replace(overrides=size.overrides | fields))
@@ -190,36 +191,94 @@ def test_stopped_campaign_ends_as_one_in_one_go(short, tmp_path, monkeypatch, ca
     assert "Ours: 2 results" in table
 
 
-@pytest.mark.parametrize(
-    ("flags", "programs"),
-    [((), [["teacher"], ["cross_entropy", "kd"]]), (("--apart",), [["teacher"], ["cross_entropy"], ["kd"]])],
-)
-def test_runs_of_an_item_share_a_program_or_are_apart(short, tmp_path, monkeypatch, capsys, flags, programs):
+@pytest.mark.slow
+def test_machine_that_vanishes_takes_no_more_than_what_followed_the_last_packing(short, tmp_path, monkeypatch, capsys):
+    listed = campaign.items("smoke")[1:3]
+    monkeypatch.setattr(campaign, "items", lambda scale: listed)
+    plan = campaign.Campaign.plan
+
+    def saved_at_every_step(self, item):
+        planned = plan(self, item)
+        for each in planned:
+            each.config.checkpoint_seconds = 0.0
+        return planned
+
+    monkeypatch.setattr(campaign.Campaign, "plan", saved_at_every_step)
+    monkeypatch.setitem(campaign.SCALES, "smoke", campaign.SCALES["smoke"]._replace(pack=0.02))
+    log = train.Student.log
+
+    def carry_away(self, step, totals, speed):
+        log(self, step, totals, speed)
+        while step == 6 and self.run.config["method"] == "kd" and not (tmp_path / "b").exists():
+            with contextlib.suppress(OSError, ValueError):  # it is being replaced
+                shutil.rmtree(tmp_path / "look", ignore_errors=True)
+                shutil.copytree(tmp_path / "a" / "state", tmp_path / "look" / "state")
+                pack.unpack(tmp_path / "look" / "state", tmp_path / "look")
+                if any((tmp_path / "look" / "work").rglob("kd-seed0/checkpoints/*")):
+                    shutil.copytree(tmp_path / "look" / "state", tmp_path / "b" / "state")
+
+    monkeypatch.setattr(train.Student, "log", carry_away)
+    go(tmp_path / "a")
+    capsys.readouterr()
+    go(tmp_path / "b")
+    text = capsys.readouterr().out
+    assert re.search(r"resnet8 .*learns .* by kd .*from step [3-6]", text)
+    assert text.strip().endswith("nothing is left")
+    (networks, results), (there, found) = outcome(tmp_path / "a"), outcome(tmp_path / "b")
+    assert found == results
+    assert set(there) == set(networks)
+    for name, variables in networks.items():
+        assert_same(there[name], variables)
+
+
+def test_runs_of_an_item_follow_each_other(short, tmp_path, monkeypatch, capsys):
     members = tuple(cells.Cell(campaign.PAIR, name, 0) for name in ("teacher", "cross_entropy", "kd"))
     monkeypatch.setattr(campaign, "items", lambda scale: [campaign.Item("fair", members)])
     monkeypatch.setattr(campaign.Campaign, "lacking", lambda self, item: "")
-    found, packed = [], []
+    found = []
 
-    def execute(group, *args, together):
-        assert together == len(group)
-        found.append([each.cells[0].name for each in group])
-        packed.append((tmp_path / "out" / "state" / "part-0").exists())
-        for each in group:
-            each.folder.mkdir(parents=True, exist_ok=True)
-            (each.folder / "metrics.jsonl").write_text('{"step": 6, "images_per_second": 8.0}\n')
+    def execute(todo, *args):
+        (each,) = todo
+        found.append(each.cells[0].name)
+        each.folder.mkdir(parents=True, exist_ok=True)
+        (each.folder / "metrics.jsonl").write_text('{"step": 6, "images_per_second": 8.0}\n')
         return {"fair": MemoryError("none")}  # so that nothing is done, and all is estimated
 
     monkeypatch.setattr(run, "execute", execute)
-    go(tmp_path / "out", *flags)
-    assert found == programs
-    assert packed == [i > 0 and len(group) == 1 for i, group in enumerate(programs)]  # what is done may be carried away
-    seconds = 12 * 8 / 8 * len(programs)  # 12 steps of 8 images, at 8 images a second
+    go(tmp_path / "out")
+    assert found == ["teacher", "cross_entropy", "kd"]
+    seconds = 12 * 8 / 8 * 3  # of each, 12 steps of 8 images, at 8 images a second
     assert f"next: fair, about 0:00:{seconds:02.0f} from step 0 of 12 of training" in capsys.readouterr().out
     (metrics,) = (tmp_path / "out" / "work").rglob("kd*/metrics.jsonl")
     metrics.unlink()
-    go(tmp_path / "out", *flags, minutes=0)
-    left = "more than 0:00:24" if flags else "about 0:00:24"  # alone in its program, or not
-    assert f"next: fair, {left} from step 0 of 12 of training" in capsys.readouterr().out
+    go(tmp_path / "out", minutes=0)
+    assert "next: fair, more than 0:00:24 from step 0 of 12 of training" in capsys.readouterr().out
+
+
+def test_state_is_packed_while_runs_are_under_way(begun, small_teacher, monkeypatch):
+    """As it lies: a network that may be replaced at any moment is not rewritten."""
+    out, _ = begun
+    monkeypatch.setitem(campaign.SCALES, "smoke", campaign.SCALES["smoke"]._replace(pack=0.02))
+    write, found = run.execute, []
+
+    def execute(todo, *args):
+        errors, (each,) = write(todo, *args), todo
+        shutil.copytree(small_teacher, each.folder / "best")
+        until = time.monotonic() + 20
+        while not found and time.monotonic() < until:
+            time.sleep(0.02)
+            with contextlib.suppress(OSError, ValueError):  # it is being replaced
+                shutil.rmtree(out.parent / "look", ignore_errors=True)
+                pack.unpack(out / "state", out.parent / "look")
+                found.extend((out.parent / "look").rglob("best/metadata.json"))
+        return errors
+
+    monkeypatch.setattr(run, "execute", execute)
+    go(out, "--items", "teacher")
+    (metadata,) = found
+    assert "kernels" not in json.loads(metadata.read_text())
+    assert (metadata.parents[1] / "checkpoints" / "7" / "array").read_text() == "numbers"
+    assert json.loads((out.parent / "look" / "campaign.json").read_text())["dtype"] == "float32"
 
 
 @pytest.fixture
@@ -227,7 +286,7 @@ def begun(short, tmp_path, monkeypatch):
     """A campaign's folder, and the errors that its runs end in; files stand in for what they would write."""
     out, errors = tmp_path / "out", {}
 
-    def execute(group, *args, together):
+    def execute(group, *args):
         (path,) = (run.folder for run in group)
         (path / "checkpoints" / "7").mkdir(parents=True, exist_ok=True)
         (path / "checkpoints" / "7" / "array").write_text("numbers")
@@ -287,13 +346,13 @@ def test_slice_ends_when_its_minutes_are_over(begun, monkeypatch):
 
 def test_no_run_is_begun_that_would_compile_and_stop(begun, monkeypatch, capsys):
     """Of 84 seconds, 30 are for the end, and no run begins with less than 60."""
-    monkeypatch.setitem(campaign.SCALES, "smoke", campaign.Scale("tiny", margin=30.0, least=60.0))
+    monkeypatch.setitem(campaign.SCALES, "smoke", campaign.Scale("tiny", margin=30.0, least=60.0, pack=60.0))
     monkeypatch.setattr(run, "execute", lambda *_, **__: pytest.fail("it began"))
     go(begun[0], minutes=1.4)
     assert "next: teacher, time unknown" in capsys.readouterr().out
     seen = []
 
-    def execute(group, *_, together):
+    def execute(group, *_):
         seen.extend(group)
         made._end -= 60 * 8  # that they took
         return {}
@@ -517,7 +576,7 @@ def test_absent_data_is_said_before_the_first_benchmark(tmp_path, monkeypatch, o
 def test_nothing_done_yet(tmp_path, capsys):
     campaign.main(["--out", str(tmp_path), "--minutes", "0"])
     text = capsys.readouterr().out
-    assert "0 of 17 items are done\nnext: soft_rank, about 0:03:20\n" in text
+    assert "0 of 20 items are done\nnext: soft_rank, about 0:03:20\n" in text
     assert "then: headline, time unknown" in text
 
 
@@ -529,20 +588,15 @@ def test_chosen_items_alone_in_the_lists_order(tmp_path, capsys):
     notes = {"scale": "full", "items": {"soft_rank": {"state": "done"}}}
     (tmp_path / "campaign.json").write_text(json.dumps(notes))
     campaign.main(["--out", str(tmp_path), "--minutes", "0", "--items", "soft_rank"])
-    assert capsys.readouterr().out == "1 of 17 items are done\nnothing is left of the chosen items\n"
+    assert capsys.readouterr().out == "1 of 20 items are done\nnothing is left of the chosen items\n"
     with pytest.raises(SystemExit, match=r"Error: --items: 'kd' is not in the list; it has soft_rank, "):
         campaign.main(["--out", str(tmp_path), "--minutes", "0", "--items", "kd"])
 
 
-def test_longer_item_does_what_the_shorter_one_has_not(tmp_path):
+def test_views_of_the_weak_item(tmp_path):
     made = campaign.Campaign(tmp_path, "full", 1, "", None, 1 << 26)
-    weak, short, longer = (item for item in campaign.items("full") if item.name.startswith("resnet56-"))
+    (weak,) = (item for item in campaign.items("full") if item.name == "resnet56-resnet20-weak")
     assert [each.config.views for each in made.plan(weak)][1:] == ["weak"]  # the first is its teacher's
-    result = dict.fromkeys(("best", "last", "commit", "versions", "device", "date"), 0)
-    for cell in short.members:
-        run.write(cell, made.plan(short)[0], result, made.results, "full")
-    left = run.missing(made.plan(longer), made.results, "full")
-    assert [each.cells[0].name for each in left] == ["teacher", "cross_entropy", "kd"]
 
 
 def test_given_teachers_are_taken_once(teacher, tmp_path):

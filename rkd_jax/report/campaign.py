@@ -1,7 +1,7 @@
 """The paper's headline in slices of a GPU's time: `python -m rkd_jax.report.campaign --out DIR --minutes 9`.
 
 Each slice goes on where DIR says that the last one stopped, ends before its minutes are over, and says what is next.
-DIR/state is all that the next slice needs, on another machine too: docs/campaign.md.
+DIR/state is all that the next slice needs, on another machine too, and never more than minutes old: docs/campaign.md.
 """
 
 import argparse
@@ -38,19 +38,20 @@ class Scale(NamedTuple):
     cells: str  # the scale of its cells
     margin: float  # seconds kept at a slice's end for the last save and for packing
     least: float  # seconds without which no training is begun or taken up: it would compile and stop
+    pack: float  # seconds from one packing of the state to the next: what is lost of a machine that vanishes
 
 
 SCALES = {
-    "full": Scale("full", margin=45.0, least=75.0),
-    "smoke": Scale("tiny", margin=12.0, least=8.0),
+    "full": Scale("full", margin=45.0, least=75.0, pack=120.0),
+    "smoke": Scale("tiny", margin=12.0, least=8.0, pack=5.0),
 }
 
 
 class Item(NamedTuple):
-    """A part of the campaign: a benchmark, or runs."""
+    """A part of the campaign: a benchmark, or runs, one after the other."""
 
     name: str
-    members: tuple[cells.Cell, ...] = ()  # those of one pair train in one program
+    members: tuple[cells.Cell, ...] = ()
     command: tuple[str, ...] = ()  # of a benchmark: the module and its flags
     seconds: float = 0.0  # that a benchmark is thought to take
 
@@ -70,14 +71,15 @@ def items(scale: str) -> list[Item]:
         *benchmarks[:3],  # of the headline's pair; a lent device's first minutes are few
         teacher("resnet32x4"),
         students("headline", (PAIR, ranking)),
-        # One program: the teacher and the views, most of a step, are computed once for the two.
-        students("headline-fair", (PAIR, "kd"), (PAIR, "cross_entropy")),
+        students("headline-kd", (PAIR, "kd")),
+        students("headline-cross_entropy", (PAIR, "cross_entropy")),
         *benchmarks[3:],
-        students("eps", *((PAIR, f"{ranking}-eps={eps}-rank_scale=logits") for eps in (0.1, 0.05))),
+        *(students(f"headline-eps={eps}", (PAIR, f"{ranking}-eps={eps}-rank_scale=logits")) for eps in (0.1, 0.05)),
         # With a given teacher, or not at all.
         students("resnet56-resnet20-weak", (small, f"{ranking}-views=weak")),
         students("resnet56-resnet20", (small, ranking)),
-        students("resnet56-resnet20-fair", (small, "cross_entropy"), (small, "kd")),
+        students("resnet56-resnet20-kd", (small, "kd")),
+        students("resnet56-resnet20-cross_entropy", (small, "cross_entropy")),
         students("alone-resnet8x4", ("teachers.cifar100_resnet8x4", "cross_entropy")),
         teacher("wrn_40_2"),
         students("students-wrn_40_2", ("cifar100_wrn40_2_wrn16_2", ranking), ("cifar100_wrn40_2_wrn40_1", ranking)),
@@ -111,9 +113,8 @@ class Campaign:
         dtype: str | None,
         limit: int,
         chosen: Sequence[str] = (),
-        apart: bool = False,
     ):
-        self.out, self.scale, self.limit, self.apart = out, scale, limit, apart
+        self.out, self.scale, self.limit = out, scale, limit
         listed = {item.name: item for item in items(scale)}
         if unknown := [name for name in chosen if name not in listed]:
             raise ValueError(f"--items: {unknown[0]!r} is not in the list; it has {', '.join(listed)}")
@@ -122,6 +123,7 @@ class Campaign:
         self._start = time.monotonic()
         self._end = self._start + 60 * minutes - SCALES[scale].margin
         self._whole = 0.0  # seconds of this slice, once it has begun to work
+        self._files_rest = threading.RLock()  # held by who packs the state, and while an item's files are moved
         self._holds_device = False
         self._record_path = out / "campaign.json"
         if not self._record_path.exists() and any((out / "state").glob("part-*")):
@@ -202,6 +204,9 @@ class Campaign:
         stopper.daemon = True
         before = signal.signal(signal.SIGTERM, _stop)  # where the loop of training does not take it
         stopper.start()
+        over = threading.Event()
+        packer = threading.Thread(target=self._keep_packed, args=(over,), daemon=True)
+        packer.start()
         try:
             for item in self.open_items():
                 if not self._begin(item):
@@ -213,6 +218,8 @@ class Campaign:
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             stopper.cancel()
+            over.set()
+            packer.join()
             self.save()
             signal.signal(signal.SIGTERM, before)
         print(f"\nthis slice took {time.monotonic() - self._start:.0f} s\n{self.next()}", flush=True)
@@ -240,26 +247,20 @@ class Campaign:
         before = self.record["items"].pop(item.name, {})
         print(f"\n== {item.name}", flush=True)
         planned, errors = self.plan(item), {}
-        for group in self._groups(planned):
+        self._write()  # the dtype
+        for each in run.missing(planned, self.results, self._cells_scale):
             if self.left() < SCALES[self.scale].least:
                 return False
-            errors |= run.execute(group, self.results, self._cells_scale, together=len(group))
-            if self.apart:
-                self.save()
+            errors |= run.execute([each], self.results, self._cells_scale)
         note = {"note": "; ".join(f"{name}: {error}" for name, error in errors.items())} if errors else {}
         if any(isinstance(error, MemoryError) for error in errors.values()):  # perhaps others', and gone next time
             self._note(item, state="stopped", **note)
             return before.get("state") == "stopped"  # not for the first time: the others go on
-        with _uninterrupted():
+        with _uninterrupted(), self._files_rest:
             facts = self._keep(item, planned)
             self._note(item, state="failed" if errors else "done", **facts, **note)
             self.save()
         return True
-
-    def _groups(self, planned: Sequence[run.Run]) -> list[list[run.Run]]:
-        """Those of an item's runs that are left, in the programs that train them."""
-        missing = run.missing(planned, self.results, self._cells_scale)
-        return run.groups(missing, 1 if self.apart else len(planned))
 
     def _benchmark(self, item: Item) -> dict[str, Any] | None:
         """Runs a benchmark in a process of its own, before this one takes the device; None: the slice was too short."""
@@ -317,10 +318,11 @@ class Campaign:
 
     # What lasts.
 
-    def files(self) -> dict[str, Path]:
+    def files(self, halved: bool = True) -> dict[str, Path]:
         """What the next slice needs, by name: of runs under way the newest checkpoint, and the best network.
 
-        Not the teachers that were given, for the same command names them again.
+        Not the teachers that were given, for the same command names them again. Where `halved`, which is not for runs
+        that are being trained, the best networks' kernels become float16 first.
         """
         found = [path for each in sorted(self.out.glob("*")) if each.name not in NOT_PACKED for path in _below(each)]
         given = {self.out / "teachers" / name for name in self.record.get("given", ())}
@@ -329,7 +331,8 @@ class Campaign:
             folder = config.parent
             found += [folder / name for name in ("config.json", "metrics.jsonl", "summary.json")]
             if (folder / "best").exists():
-                halve(folder / "best", folder / "best")
+                if halved:
+                    halve(folder / "best", folder / "best")
                 found += _below(folder / "best")
             if (step := _saved(folder)) and not (folder / "summary.json").exists():
                 found += _below(folder / "checkpoints" / str(step))
@@ -338,8 +341,7 @@ class Campaign:
     def save(self) -> None:
         """Packs the state, and says where it is too large."""
         self._write()
-        size, folders = pack.pack(self.files(), self.out / "state")
-        self._packed()
+        size, folders = self._pack(self.files())
         said = f"state: {size / 2**20:.1f} MiB in {self.out / 'state'}"
         if size > self.limit:
             largest = sorted(folders.items(), key=lambda folder: -folder[1])[:8]
@@ -350,6 +352,25 @@ class Campaign:
                 "needs) elsewhere and delete it here"
             )
         print(said, flush=True)
+
+    def _pack(self, files: dict[str, Path]) -> tuple[int, dict[str, int]]:
+        with self._files_rest:
+            packed = pack.pack(files, self.out / "state")
+            self._packed()
+            return packed
+
+    def _keep_packed(self, over: threading.Event) -> None:
+        """Packs the state now and then, where it has changed, until the slice is over."""
+        before: dict[str, tuple[int, int]] = {}
+        while not over.wait(SCALES[self.scale].pack):
+            # Of what is being trained a file may be replaced meanwhile, so that it is gone: the next time, then. What
+            # else fails is said by the slice itself, which writes to the same disk.
+            with contextlib.suppress(OSError), self._files_rest:
+                files = self.files(halved=False)
+                now = {name: (path.stat().st_mtime_ns, path.stat().st_size) for name, path in files.items()}
+                if now != before:
+                    self._pack(files)
+                    before = now
 
     def _packed(self) -> None:
         """Notes which state DIR/state is, which is that of the rest of DIR."""
@@ -375,12 +396,12 @@ class Campaign:
         if item.command:
             return f"about {timedelta(seconds=item.seconds)}"
         seconds, where, known = 0.0, "", "about"
-        for group in self._groups(self.plan(item)):
-            config, folder = group[0].config, group[0].folder
+        for each in run.missing(self.plan(item), self.results, self._cells_scale):
+            config, folder = each.config, each.folder
             lines = _files.read_lines(folder / "metrics.jsonl")
             speeds = [line["images_per_second"] for line in lines if line.get("images_per_second")]
             if not speeds:
-                known = "more than"  # this program's time is not known yet
+                known = "more than"  # this run's time is not known yet
                 continue
             images = len(experiment.load_splits(experiment.Fields(config.to_dict())).train.labels)
             steps, done = images // config.batch_size * config.num_epochs, _saved(folder)
@@ -480,9 +501,6 @@ def main(arguments: Sequence[str] | None = None) -> bool:
         help="they hold teachers that need not be trained, as DIR/NAME or DIR/NAME/best; default: the repository's",
     )  # fmt: skip
     parser.add_argument("--items", nargs="+", default=(), metavar="ITEM", help="of the list these alone")
-    parser.add_argument(
-        "--apart", action="store_true", help="each run in a program of its own: slower in all, but each ends sooner"
-    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--state_mib", type=int, default=64, help="warn where DIR/state takes more")
     flags = parser.parse_args(arguments)
@@ -494,9 +512,8 @@ def main(arguments: Sequence[str] | None = None) -> bool:
             data_dir = str(flags.out / "data")
             _random_data(flags.out / "data")
         campaign = Campaign(
-            flags.out, flags.scale, flags.minutes, data_dir, flags.dtype, flags.state_mib << 20, flags.items,
-            flags.apart,
-        )  # fmt: skip
+            flags.out, flags.scale, flags.minutes, data_dir, flags.dtype, flags.state_mib << 20, flags.items
+        )
         if flags.minutes > 0:
             campaign.check_data()
         for folder in flags.teachers:
