@@ -187,7 +187,7 @@ def table(found):
             continue
         median = row["milliseconds"][1]
         lines.append(
-            f"| {row['pair']} | PyTorch, {row['name']} | {row['arithmetic']} | | {median:.1f} | {64e3 / median:,.0f} |"
+            f"| {row['pair']} | PyTorch, {row['name']} | {row['arithmetic']} | | {median:#.3g} | {64e3 / median:,.0f} |"
         )
     return "\n".join(lines)
 

@@ -88,8 +88,22 @@ def test_speeds_of_the_docs_are_those_of_results():
 def test_gpu_speeds_of_the_docs_are_those_of_results():
     from benchmarks import gpu_flags
 
-    found = json.loads((ROOT / "results" / "gpu_flags.json").read_text())
-    assert gpu_flags.table(found) in (ROOT / "docs" / "speed.md").read_text()
+    page, results = (ROOT / "docs" / "speed.md").read_text(), ROOT / "results"
+    h100, h200 = (json.loads((results / f"{name}.json").read_text()) for name in ("gpu_flags", "gpu_flags_h200"))
+    assert gpu_flags.table(h100) in page
+    assert gpu_flags.table(h200) in page
+    ratios, tried = [], []
+    for pair, name in ((gpu_flags.SMALL, "the step as one"), (gpu_flags.LARGE, "the step compiled and as one")):
+        ours, later = (
+            next(row["milliseconds"][1] for row in rows if (row["pair"], row["methods"]) == (pair, gpu_flags.RANKING))
+            for rows in (h200["rows"], h200["tried"]["rows"])
+        )
+        theirs = min(row["milliseconds"][1] for row in h200["peers"] if row["pair"] == pair)
+        assert f"| {64e3 / ours:,.0f} | {64e3 / theirs:,.0f}, PyTorch, {name} CUDA graph |" in README
+        ratios.append(f"{theirs / ours:.1f}")
+        tried.append(f"{later:.2f}")
+    assert f"is {' and '.join(ratios)} times as fast" in page
+    assert f"nothing: {' and '.join(tried)} ms" in page
 
 
 @pytest.mark.parametrize(
