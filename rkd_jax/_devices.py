@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 
+NO_MEMORY = ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY")  # in XLA's errors
+
 
 def cache_programs(folder: Path) -> None:
     """Keeps compiled programs in `folder`, by host name, for programs for one CPU may not run on another.
@@ -45,7 +47,7 @@ def memory(mend: str) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if not any(sign in str(error) for sign in ("RESOURCE_EXHAUSTED", "CUDA_ERROR_OUT_OF_MEMORY")):
+        if not any(sign in str(error) for sign in NO_MEMORY):
             raise
         said = str(error).partition("\n")[0].partition(": ")[2]
         raise MemoryError(f"the device's memory does not suffice ({said.rstrip('.')}); {mend}") from error

@@ -47,7 +47,11 @@ def replacing(folder: Path) -> Iterator[Path]:
     for each in (fresh, stale):
         shutil.rmtree(each, ignore_errors=True)
     fresh.mkdir(parents=True)
-    yield fresh
+    try:
+        yield fresh
+    except BaseException:  # a full disk, say, which this is not to fill
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     if folder.exists():
         folder.rename(stale)
     fresh.rename(folder)

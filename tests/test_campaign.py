@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -38,7 +39,9 @@ def files(tmp_path):
 
 def test_parts_hold_the_files_and_are_smaller(files, tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "PART", 60_000)
-    size, folders = pack.pack(files, tmp_path / "state")
+    told = []
+    size, folders = pack.pack(files, tmp_path / "state", lambda *told_: told.extend([*told_, *tmp_path.glob("state")]))
+    assert told == [pack.state(tmp_path / "state")]  # before it was in place, so that no kill comes between
     parts = list((tmp_path / "state").iterdir())
     assert len(parts) == 4
     assert size < 0.9 * 240_000
@@ -51,6 +54,14 @@ def test_parts_hold_the_files_and_are_smaller(files, tmp_path, monkeypatch):
     pack.pack(files, tmp_path / "state")
     assert (tmp_path / "state" / "part-10").exists()  # which is not the one after the first
     pack.unpack(tmp_path / "state", tmp_path / "to")
+    monkeypatch.setattr(pack, "PART", 60_000)
+    pack.pack({"other": files["a/facts.json"]}, tmp_path / "smaller")
+    shutil.copytree(tmp_path / "smaller", tmp_path / "state", dirs_exist_ok=True)
+    pack.unpack(tmp_path / "state", tmp_path / "to")  # the other parts are those of the copy before
+    assert (tmp_path / "to" / "other").read_text() == "{}\n"
+    with pytest.raises(FileNotFoundError):
+        pack.pack({"gone": tmp_path / "gone"}, tmp_path / "state")
+    assert {path.name for path in tmp_path.iterdir()} == {"from", "state", "smaller", "to"}
 
 
 def test_bad_parts_are_named(files, tmp_path, monkeypatch):
@@ -193,8 +204,8 @@ def test_stopped_campaign_ends_as_one_in_one_go(short, tmp_path, monkeypatch, ca
 
 @pytest.mark.slow
 def test_machine_that_vanishes_takes_no_more_than_what_followed_the_last_packing(short, tmp_path, monkeypatch, capsys):
-    listed = campaign.items("smoke")[1:3]
-    monkeypatch.setattr(campaign, "items", lambda scale: listed)
+    alone = campaign.Item("alone", (cells.Cell(campaign.PAIR, "cross_entropy", 0),))
+    monkeypatch.setattr(campaign, "items", lambda scale: [alone])
     plan = campaign.Campaign.plan
 
     def saved_at_every_step(self, item):
@@ -209,12 +220,14 @@ def test_machine_that_vanishes_takes_no_more_than_what_followed_the_last_packing
 
     def carry_away(self, step, totals, speed):
         log(self, step, totals, speed)
-        while step == 6 and self.run.config["method"] == "kd" and not (tmp_path / "b").exists():
+        until = time.monotonic() + 30
+        while step == 6 and not (tmp_path / "b").exists():
+            assert time.monotonic() < until, "nothing was packed"
             with contextlib.suppress(OSError, ValueError):  # it is being replaced
                 shutil.rmtree(tmp_path / "look", ignore_errors=True)
                 shutil.copytree(tmp_path / "a" / "state", tmp_path / "look" / "state")
                 pack.unpack(tmp_path / "look" / "state", tmp_path / "look")
-                if any((tmp_path / "look" / "work").rglob("kd-seed0/checkpoints/*")):
+                if any((tmp_path / "look" / "work").rglob("checkpoints/*")):
                     shutil.copytree(tmp_path / "look" / "state", tmp_path / "b" / "state")
 
     monkeypatch.setattr(train.Student, "log", carry_away)
@@ -222,11 +235,11 @@ def test_machine_that_vanishes_takes_no_more_than_what_followed_the_last_packing
     capsys.readouterr()
     go(tmp_path / "b")
     text = capsys.readouterr().out
-    assert re.search(r"resnet8 .*learns .* by kd .*from step [3-6]", text)
+    assert re.search(r"resnet8 .*learns .* by cross_entropy.* goes on from step [3-6]\n", text)
     assert text.strip().endswith("nothing is left")
     (networks, results), (there, found) = outcome(tmp_path / "a"), outcome(tmp_path / "b")
     assert found == results
-    assert set(there) == set(networks)
+    assert set(there) == set(networks) == {"networks/alone/resnet8/cross_entropy"}
     for name, variables in networks.items():
         assert_same(there[name], variables)
 
@@ -326,6 +339,77 @@ def test_run_that_diverged_leaves_its_curve(begun, capsys):
     made._begin(campaign.items("smoke")[1])
     assert pack.state(out / "state")  # at once, and not at the slice's end alone
     assert (out / "results" / "curves" / "teacher" / "resnet8" / "teacher.jsonl").read_text() == '{"step": 6}\n'
+
+
+def test_packing_goes_on_after_what_it_cannot_do(begun, monkeypatch, capsys):
+    out, _ = begun
+    monkeypatch.setitem(campaign.SCALES, "smoke", campaign.SCALES["smoke"]._replace(pack=0.02))
+    files, tries = campaign.Campaign.files, []
+
+    def fail(self, halved=True):
+        if not halved:
+            tries.append(1)
+            if len(tries) == 1:
+                raise FileNotFoundError("it was replaced")
+            if len(tries) < 4:
+                raise MemoryError("no memory")
+        return files(self, halved)
+
+    def execute(*_):
+        until = time.monotonic() + 20
+        while len(tries) < 6 and time.monotonic() < until:
+            time.sleep(0.02)
+        assert pack.state(out / "state")
+        assert _packers()
+        return {}
+
+    monkeypatch.setattr(campaign.Campaign, "files", fail)
+    monkeypatch.setattr(run, "execute", execute)
+    go(out, "--items", "teacher")
+    assert capsys.readouterr().out.count("note: the state could not be packed: no memory\n") == 1
+    assert not _packers()
+
+
+def _packers():
+    return [thread for thread in threading.enumerate() if thread.name == "packer"]
+
+
+def test_nothing_is_packed_while_an_items_files_are_moved(begun, monkeypatch):
+    found, keep = [], campaign.Campaign._keep
+
+    def moved(self, *arguments):
+        found.append(self._files_rest.locked())
+        return keep(self, *arguments)
+
+    monkeypatch.setattr(campaign.Campaign, "_keep", moved)
+    go(begun[0], "--items", "teacher")
+    assert found == [True]
+
+
+def test_best_network_that_cannot_be_read_does_not_keep_the_state_from_being_packed(tmp_path, capsys):
+    folder = tmp_path / "work" / "teacher" / "a"
+    (folder / "best").mkdir(parents=True)
+    (folder / "best" / "metadata.json").write_text("{}")
+    (folder / "config.json").write_text("{}")
+    campaign.Campaign(tmp_path, "smoke", 1, "", None, 1 << 26).save()
+    assert re.search(rf"note: packed as it is: .*{re.escape(str(folder / 'best'))}", capsys.readouterr().out)
+    pack.unpack(tmp_path / "state", tmp_path / "to")
+    assert (tmp_path / "to" / "work" / "teacher" / "a" / "best" / "metadata.json").exists()
+
+
+def test_benchmark_that_found_no_memory_has_another_slice(begun, monkeypatch, capsys):
+    def ran(command, **_):
+        return subprocess.CompletedProcess(command, 1, "(64, 100) 3 us\n", "RESOURCE_EXHAUSTED: Out of memory\n")
+
+    monkeypatch.setattr(subprocess, "run", ran)
+    states = []
+    for _ in range(2):
+        go(begun[0], "--items", "bench")
+        assert (
+            "(64, 100) 3 us\nRESOURCE_EXHAUSTED: Out of memory\nfailed: RESOURCE_EXHAUSTED" in capsys.readouterr().out
+        )
+        states.append(json.loads((begun[0] / "campaign.json").read_text())["items"]["bench"]["state"])
+    assert states == ["stopped", "failed"]
 
 
 def test_slice_that_a_signal_cuts_off_says_so(begun, monkeypatch):

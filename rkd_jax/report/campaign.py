@@ -1,7 +1,7 @@
 """The paper's headline in slices of a GPU's time: `python -m rkd_jax.report.campaign --out DIR --minutes 9`.
 
 Each slice goes on where DIR says that the last one stopped, ends before its minutes are over, and says what is next.
-DIR/state is all that the next slice needs, on another machine too, and never more than minutes old: docs/campaign.md.
+DIR/state is all that the next slice needs, on another machine too, and minutes old at most: docs/campaign.md.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from rkd_jax.report import cells, pack, paper, run
 
 PAIR = "cifar100_res32x4_res8x4"
 # Of DIR; of work, a part is: `Campaign.files`.
-NOT_PACKED = ("state", ".state.new", ".state.old", "packed", "work", "data", "cache")
+NOT_PACKED = ("state", ".state.new", ".state.old", "packed", ".packed.new", "work", "data", "cache")
 
 
 class Scale(NamedTuple):
@@ -38,11 +38,11 @@ class Scale(NamedTuple):
     cells: str  # the scale of its cells
     margin: float  # seconds kept at a slice's end for the last save and for packing
     least: float  # seconds without which no training is begun or taken up: it would compile and stop
-    pack: float  # seconds from one packing of the state to the next: what is lost of a machine that vanishes
+    pack: float  # seconds from one packing of the state to the next
 
 
 SCALES = {
-    "full": Scale("full", margin=45.0, least=75.0, pack=120.0),
+    "full": Scale("full", margin=45.0, least=90.0, pack=120.0),
     "smoke": Scale("tiny", margin=12.0, least=8.0, pack=5.0),
 }
 
@@ -94,9 +94,9 @@ def _benchmarks(scale: str) -> list[Item]:
         flags = ("--quick", "--peers", "while_loop")
         return [Item("soft_rank", command=("benchmarks.soft_rank", *flags), seconds=10)]
     steps = [
-        Item(f"{stage}-{pair}", command=("benchmarks.train_step", "--pairs", pair, "--stages", stage), seconds=300)
+        Item(f"{stage}-{pair}", command=("benchmarks.train_step", "--pairs", pair, "--stages", stage), seconds=seconds)
         for pair in ("resnet32x4-resnet8x4", "resnet56-resnet20")
-        for stage in ("stretch", "whole")
+        for stage, seconds in (("stretch", 300), ("whole", 420))
     ]
     return [Item("soft_rank", command=("benchmarks.soft_rank", "--seconds", "4"), seconds=200), *steps]
 
@@ -123,12 +123,12 @@ class Campaign:
         self._start = time.monotonic()
         self._end = self._start + 60 * minutes - SCALES[scale].margin
         self._whole = 0.0  # seconds of this slice, once it has begun to work
-        self._files_rest = threading.RLock()  # held by who packs the state, and while an item's files are moved
+        self._files_rest = threading.Lock()  # held by who packs the state, and while an item's files are moved
         self._holds_device = False
         self._record_path = out / "campaign.json"
         if not self._record_path.exists() and any((out / "state").glob("part-*")):
             pack.unpack(out / "state", out)
-            self._packed()
+            self._note_packed(pack.state(out / "state"))
             print(f"unpacked {out / 'state'}")
         if (packed := pack.state(out / "state")) and packed not in _lines(out / "packed"):
             raise ValueError(
@@ -203,11 +203,11 @@ class Campaign:
         stopper = threading.Timer(max(self.left(), 0.1), os.kill, (os.getpid(), signal.SIGTERM))
         stopper.daemon = True
         before = signal.signal(signal.SIGTERM, _stop)  # where the loop of training does not take it
-        stopper.start()
         over = threading.Event()
-        packer = threading.Thread(target=self._keep_packed, args=(over,), daemon=True)
-        packer.start()
+        packer = threading.Thread(target=self._keep_packed, args=(over,), name="packer", daemon=True)
         try:
+            stopper.start()
+            packer.start()
             for item in self.open_items():
                 if not self._begin(item):
                     break
@@ -219,7 +219,8 @@ class Campaign:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             stopper.cancel()
             over.set()
-            packer.join()
+            if packer.ident:  # it was started
+                packer.join()
             self.save()
             signal.signal(signal.SIGTERM, before)
         print(f"\nthis slice took {time.monotonic() - self._start:.0f} s\n{self.next()}", flush=True)
@@ -272,13 +273,17 @@ class Campaign:
             ran = subprocess.run(
                 command, cwd=run.ROOT, capture_output=True, text=True, timeout=self.left() - 1, env=env
             )
-        except subprocess.TimeoutExpired:
-            print("not done within this slice")
+        except subprocess.TimeoutExpired as error:
+            print(f"{(error.stdout or b'').decode(errors='replace')}not done within this slice")
             return None
         if ran.returncode:
-            note = ((ran.stderr + ran.stdout).strip() or f"exit {ran.returncode}").splitlines()[-1]
-            print(f"failed: {note}")
-            return {"state": "failed", "note": note}
+            said = ran.stdout + ran.stderr
+            note = (said.strip() or f"exit {ran.returncode}").splitlines()[-1]
+            print(f"{said}failed: {note}")
+            stopped = self.record["items"].get(item.name, {}).get("state") == "stopped"
+            # Memory that a process just ended still held is there the next time.
+            again = not stopped and any(sign in said for sign in _devices.NO_MEMORY)
+            return {"state": "stopped" if again else "failed", "note": note}
         print(ran.stdout, flush=True)
         return {"state": "done"}
 
@@ -329,14 +334,18 @@ class Campaign:
         found = [path for path in found if given.isdisjoint(path.parents)]
         for config in sorted(self.work.rglob("config.json")):
             folder = config.parent
-            found += [folder / name for name in ("config.json", "metrics.jsonl", "summary.json")]
+            names = ("config.json", "metrics.jsonl", "summary.json")
+            found += [folder / name for name in names if (folder / name).exists()]
             if (folder / "best").exists():
                 if halved:
-                    halve(folder / "best", folder / "best")
+                    try:
+                        halve(folder / "best", folder / "best")
+                    except (OSError, ValueError) as error:
+                        print(f"note: packed as it is: {error}")
                 found += _below(folder / "best")
             if (step := _saved(folder)) and not (folder / "summary.json").exists():
                 found += _below(folder / "checkpoints" / str(step))
-        return {str(path.relative_to(self.out)): path for path in found if path.is_file()}
+        return {str(path.relative_to(self.out)): path for path in found}
 
     def save(self) -> None:
         """Packs the state, and says where it is too large."""
@@ -354,27 +363,36 @@ class Campaign:
         print(said, flush=True)
 
     def _pack(self, files: dict[str, Path]) -> tuple[int, dict[str, int]]:
-        with self._files_rest:
-            packed = pack.pack(files, self.out / "state")
-            self._packed()
-            return packed
+        return pack.pack(files, self.out / "state", self._note_packed)
 
     def _keep_packed(self, over: threading.Event) -> None:
         """Packs the state now and then, where it has changed, until the slice is over."""
-        before: dict[str, tuple[int, int]] = {}
-        while not over.wait(SCALES[self.scale].pack):
-            # Of what is being trained a file may be replaced meanwhile, so that it is gone: the next time, then. What
-            # else fails is said by the slice itself, which writes to the same disk.
-            with contextlib.suppress(OSError), self._files_rest:
-                files = self.files(halved=False)
-                now = {name: (path.stat().st_mtime_ns, path.stat().st_size) for name, path in files.items()}
-                if now != before:
+        seldom = wait = SCALES[self.scale].pack
+        packed, said = None, set()
+        while not over.wait(wait):
+            wait = seldom
+            try:
+                with self._files_rest:
+                    files = self.files(halved=False)
+                    found = _versions(files)
+                    if found == packed:
+                        continue
+                    if found != _versions(self.files(halved=False)):  # a network is being replaced
+                        raise FileNotFoundError
                     self._pack(files)
-                    before = now
+                    packed = found
+            except FileNotFoundError:  # likewise, while it was read
+                wait = min(1.0, seldom)
+            except Exception as error:  # the disk is full, say; training goes on as long as it can
+                if str(error) not in said:
+                    said.add(str(error))
+                    print(f"note: the state could not be packed: {error}", flush=True)
 
-    def _packed(self) -> None:
-        """Notes which state DIR/state is, which is that of the rest of DIR."""
-        (self.out / "packed").write_text(f"{pack.state(self.out / 'state')}\n")
+    def _note_packed(self, state: str) -> None:
+        """Notes that DIR/state is, or is about to be, this one, which is that of the rest of DIR."""
+        fresh = self.out / ".packed.new"
+        fresh.write_text("\n".join([*_lines(self.out / "packed")[-1:], state]) + "\n")
+        fresh.replace(self.out / "packed")
 
     def next(self) -> str:
         """What is done, what failed or was skipped, and what is next, with the time that it will take."""
@@ -423,6 +441,12 @@ def halve(source: Path, target: Path, **facts: Any) -> None:
 
 def _below(path: Path) -> list[Path]:
     return [path] if path.is_file() else [each for each in sorted(path.rglob("*")) if each.is_file()]
+
+
+def _versions(files: dict[str, Path]) -> dict[str, tuple[int, int]]:
+    """By which it is seen whether one of some files has changed; FileNotFoundError where one is gone."""
+    found = {name: path.stat() for name, path in files.items()}
+    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in found.items()}
 
 
 def _saved(folder: Path) -> int:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +21,13 @@ HEADER = 512  # bytes kept for a part's first line
 TEXT = (".json", ".jsonl", ".txt", ".md")  # suffixes of files that are not arrays
 
 
-def pack(files: Mapping[str, Path], folder: Path) -> tuple[int, dict[str, int]]:
+def pack(
+    files: Mapping[str, Path], folder: Path, about_to: Callable[[str], None] = lambda state: None
+) -> tuple[int, dict[str, int]]:
     """Writes `files`, by name, as `folder`/part-0, part-1, ..., in place of what is there.
 
-    Returns the bytes of all parts, and what they come to in each folder of `files`.
+    Returns the bytes of all parts, and what they come to in each folder of `files`. `about_to` is called with what
+    `state` will return, just before the parts are in place.
     """
     buffer, sizes = io.BytesIO(), {}
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
@@ -40,6 +43,7 @@ def pack(files: Mapping[str, Path], folder: Path) -> tuple[int, dict[str, int]]:
         for i, chunk in enumerate(chunks):
             facts = {"part": i, "parts": len(chunks), "state": state, "sha256": hashlib.sha256(chunk).hexdigest()}
             (fresh / f"part-{i}").write_bytes(json.dumps(facts).encode() + b"\n" + chunk)
+        about_to(state)
     folders: dict[str, int] = {}
     for name, size in sizes.items():
         place = "/".join(name.split("/")[:2])
@@ -60,6 +64,8 @@ def unpack(folder: Path, target: Path) -> None:
     parts = sorted(folder.glob("part-*"), key=lambda path: int(path.name.split("-")[1]))
     whole, first = b"", {}
     for i, path in enumerate(parts):
+        if first and i >= first["parts"]:
+            break  # left of a larger state that this one was copied over
         line, _, chunk = path.read_bytes().partition(b"\n")
         try:
             facts = json.loads(line)
@@ -71,7 +77,7 @@ def unpack(folder: Path, target: Path) -> None:
         if (facts["part"], facts["state"]) != (i, first["state"]):
             raise ValueError(f"{path} is of another slice than {parts[0]}, or one before it is lacking; copy all again")
         whole += chunk
-    if len(parts) != first.get("parts"):
+    if len(parts) < first.get("parts", 1):
         raise ValueError(f"{folder} holds {len(parts)} of {first.get('parts', 'no')} parts; copy all of them")
     with zipfile.ZipFile(io.BytesIO(whole)) as archive:
         for name in archive.namelist():
