@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+import sys
 from pathlib import Path
 
 import jax
@@ -77,7 +78,9 @@ def main():
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     flags = parser.parse_args()
     _memory.keep()
+    flags.output.parent.mkdir(parents=True, exist_ok=True)
     with _flags.one_sentence(flags):
+        _devices.cache_programs(flags.workdir / "cache")
         _devices.start()
 
     shared = cifar100_res56_res20.get_config()
@@ -97,22 +100,31 @@ def main():
             folders[name, seed] = flags.workdir / f"{name.replace(', ', '_').replace(' ', '=')}-seed{seed}"
             members.append((config, folders[name, seed]))
     with _flags.one_sentence(flags):
-        summaries = train.train_together(members)
+        try:
+            summaries = train.train_together(members)
+        except train.Diverged as error:  # the others are finished
+            print(f"note: {error}")
+            summaries = error.summaries
 
     rows = {}
     for i, name in enumerate(flags.losses):
         own = summaries[i * flags.seeds : (i + 1) * flags.seeds]
-        last, best = ([each[kind]["top1"] for each in own] for kind in ("last", "best"))
-        rows[name] = {"last": last, "best": best, "config": own[0]["config"]}
+        last, best = ([each and each[kind]["top1"] for each in own] for kind in ("last", "best"))
+        if finished := list(filter(None, own)):
+            config = finished[0]["config"] | {"seed": flags.first_seed}
+            rows[name] = {"last": last, "best": best, "config": config}
+    finished = list(filter(None, summaries))
+    if not finished:
+        sys.exit("Error: all students diverged")
     record = {
         "scale": "short",
         "views": flags.views,
         "rows": rows,
-        "trained_at": summaries[0]["commit"],
-        "seconds": summaries[0]["seconds"],
+        "trained_at": finished[0]["commit"],
+        "seconds": finished[0]["seconds"],
         **provenance.record(),
     }
-    if set(SAME) <= set(flags.losses):
+    if set(SAME) <= set(rows) and len(finished) == len(summaries):
         ours, theirs = (losses_of(folders[name, flags.first_seed] / "metrics.jsonl") for name in SAME)
         record["same_run"] = {step: abs(ours[step] / theirs[step] - 1) for step in sorted(ours)}
     _files.write_json(flags.output, record)
@@ -145,7 +157,8 @@ def marks(path: Path) -> tuple[str, str]:
 def by_seed(found: list[dict], loss: str, kind: str) -> dict[int, float]:
     """Seed -> top-1 of a loss, over several records; kind: the "last" epoch, or the "best"."""
     rows = [record["rows"][loss] for record in found if loss in record["rows"]]
-    return {row["config"]["seed"] + i: value for row in rows for i, value in enumerate(row[kind])}
+    # None: it diverged.
+    return {row["config"]["seed"] + i: top1 for row in rows for i, top1 in enumerate(row[kind]) if top1 is not None}
 
 
 def table(found: list[dict]) -> str:

@@ -5,7 +5,7 @@
 Each variant is a process of its own: all compile at the same time, for a minute, and are then timed in turn, each
 alone on the device, three times 284 steps. The pairs are those of `benchmarks.train_step`, with both views, the set
 on the device and 71 steps a call. With `--peers`, PyTorch's steps too, as `benchmarks.train_step` has them: eager,
-compiled by `torch.compile`, and as one CUDA graph.
+compiled by `torch.compile`, and as one CUDA graph. XLA_FLAGS that are set are left out. It needs PyTorch.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ VARIANTS = (
 def main():
     """Times every variant; prints a table, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("results/gpu_flags.json"))
+    parser.add_argument("--output", type=Path, help="default, for all pairs and flags: results/gpu_flags.json")
     parser.add_argument("--peers", action="store_true", help="PyTorch's steps too")
     parser.add_argument("--pairs", nargs="+", choices=(SMALL, LARGE), default=(SMALL, LARGE), help="these alone")
     parser.add_argument("--flags", nargs="+", choices=tuple(FLAGS), default=tuple(FLAGS), help="of XLA, these alone")
@@ -66,30 +67,51 @@ def main():
     variants = [variant for variant in VARIANTS if variant.pair in flags.pairs and variant.flags in flags.flags]
     if flags.one is not None:
         return one(flags.one, flags.meet, flags.seconds, variants)
-    with tempfile.TemporaryDirectory() as meet:
-        command = [sys.executable, "-m", "benchmarks.gpu_flags", "--meet", meet, "--seconds", str(flags.seconds)]
+    if not variants:
+        parser.error("no variant has these --pairs and --flags")
+    if flags.output is None and len(variants) < len(VARIANTS):
+        parser.error("name an --output: results/gpu_flags.json has all pairs and flags")
+    output = flags.output or Path("results/gpu_flags.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not (rows := timed(variants, flags)):
+        sys.exit("benchmarks.gpu_flags: no variant could be timed")
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the peers need memory, and have this process's device
+    from rkd_jax import _files, provenance
+
+    found = {"rows": rows, "peers": [], "provenance": provenance.record()}
+    found["provenance"]["versions"] |= {"torch": metadata.version("torch")} if flags.peers else {}
+    _files.write_json(output, found)
+    for row in peers(flags.pairs) if flags.peers else ():
+        found["peers"].append(row)
+        _files.write_json(output, found)  # whatever becomes of the others
+    print(table(found))
+    return None
+
+
+def timed(variants, flags):
+    """The rows of the variants, each in a process of its own; what fails is said, and left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        meet = Path(folder)
+        command = [sys.executable, "-m", "benchmarks.gpu_flags", "--meet", folder, "--seconds", str(flags.seconds)]
         command += ["--pairs", *flags.pairs, "--flags", *flags.flags]
         processes = [
             subprocess.Popen(
                 [*command, "--one", str(i)],
-                env=os.environ
-                | {
-                    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS[variant.flags]}".strip(),
-                    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-                },
+                env=os.environ | {"XLA_FLAGS": FLAGS[variant.flags], "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
             )
             for i, variant in enumerate(variants)
         ]
-        for process in processes:
-            process.wait()
-        rows = [json.loads(path.read_text()) for path in sorted(Path(meet).glob("*.json"))]
-    from rkd_jax import _files, provenance
-
-    found = {"rows": rows, "peers": peers(flags.pairs) if flags.peers else [], "provenance": provenance.record()}
-    flags.output.parent.mkdir(parents=True, exist_ok=True)
-    _files.write_json(flags.output, found)
-    print(table(found))
-    return None
+        until = time.monotonic() + flags.seconds + 8 * len(variants) + 60
+        while None in [process.poll() for process in processes] and time.monotonic() < until:
+            for i, process in enumerate(processes):
+                if process.poll():  # XLA ends a process without a word to the others
+                    leave(meet, i)
+            time.sleep(0.1)
+        for variant, process in zip(variants, processes, strict=True):
+            process.kill()
+            if process.wait():
+                print(f"{variant}: exit {process.returncode}", file=sys.stderr)
+        return [json.loads(path.read_text()) for path in sorted(meet.glob("*.json"))]
 
 
 def one(index, meet, seconds, variants):
@@ -113,8 +135,13 @@ def one(index, meet, seconds, variants):
         row |= {"alone": alone, "setup_seconds": round(setup - start), "compile_seconds": round(compiled - setup)}
         (meet / f"{index}.json").write_text(json.dumps(row))
     finally:
-        for name in ("ready", "done"):
-            (meet / f"{index}.{name}").touch()
+        leave(meet, index)
+
+
+def leave(meet, index):
+    """Has nobody wait for a variant."""
+    for name in ("ready", "done"):
+        (meet / f"{index}.{name}").touch()
 
 
 def wait_for(paths, until):
@@ -157,7 +184,6 @@ def peers(chosen):
         ("CUDA graph, step", "bfloat16"): lambda pair: pairs.torch_step(pair, graph=True),
         ("torch.compile and CUDA graph, step", "bfloat16"): lambda pair: pairs.torch_step(pair, "default", graph=True),
     }
-    found = []
     for pair in chosen:
         for (name, arithmetic), make in sides.items():
             row = {"pair": pair, "name": name, "arithmetic": arithmetic}
@@ -168,8 +194,8 @@ def peers(chosen):
                 row["milliseconds"] = [times[0], times[2], times[4]]
             except Exception as error:  # whatever the compiler fails with
                 row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
-            found.append(row)
-    return found
+                print(f"{pair}, PyTorch, {name}: {row['failed']}", file=sys.stderr)
+            yield row
 
 
 def table(found):
@@ -177,7 +203,7 @@ def table(found):
     lines = ["| pair | students | arithmetic | XLA_FLAGS | ms a step | images/s |", "|---" * 6 + "|"]
     for row in found["rows"]:
         median = row["milliseconds"][1]
-        note = "" if row["packed"] else ", arrays not packed"
+        note = ("" if row["packed"] else ", arrays not packed") + ("" if row["alone"] else ", not alone")
         lines.append(
             f"| {row['pair']} | {row['methods'].replace('+', ', ')} | {row['dtype']} | {row['flags'] or 'none'}{note} "
             f"| {median:.2f} | {64e3 / median:,.0f} |"

@@ -87,11 +87,12 @@ def main():
         return alone(flags.alone, flags.pairs[0])
     found = json.loads(flags.output.read_text()) if flags.output.exists() else {}
     for pair in flags.pairs:
-        row = {stage: STAGES[stage](pair, flags) | {"provenance": provenance.record()} for stage in flags.stages}
-        print(json.dumps({stage: {k: v for k, v in row[stage].items() if k in SHOWN} for stage in row}, indent=1))
-        found[pair] = found.get(pair, {}) | row
-        flags.output.parent.mkdir(parents=True, exist_ok=True)
-        _files.write_json(flags.output, found)
+        for stage in flags.stages:
+            row = STAGES[stage](pair, flags) | {"provenance": provenance.record()}
+            print(json.dumps({pair: {stage: {k: v for k, v in row.items() if k in SHOWN}}}, indent=1), flush=True)
+            found.setdefault(pair, {})[stage] = row
+            flags.output.parent.mkdir(parents=True, exist_ok=True)
+            _files.write_json(flags.output, found)
     print(table(found))
     return None
 
@@ -171,8 +172,8 @@ def stretch(pair, flags):
 def kernels(run, device="/device:GPU", line="Stream"):
     """Milliseconds of a step that kinds of kernels take, by name, the longest first; the device idles in the rest."""
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
         with jax.profiler.trace(folder):
+            start = time.perf_counter()
             run(20)
             seconds = time.perf_counter() - start
         (path,) = Path(folder).rglob("*.xplane.pb")
@@ -421,9 +422,13 @@ def recorded(step):
             step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         step()
-    return graph.replay
+
+    def replay(step=step):  # whose networks the graph reads and writes
+        graph.replay()
+
+    return replay
 
 
 def torch_as_used(pair):
