@@ -353,12 +353,24 @@ def random_images(count, side, classes):
 # PyTorch's side.
 
 
+class Logits(torch.nn.Module):
+    """A network without its features, which a compiled one would write, though nobody reads them."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        """Images to logits."""
+        return self.network(x)[0]
+
+
 def torch_pair(pair, memory_format):
     """Teacher, student and optimizer on the device."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.backends.cudnn.benchmark = torch.backends.cuda.matmul.allow_tf32 = True
     device = "cuda" if on_gpu() else "cpu"
-    teacher, student = (torch_networks.create(name, PAIRS[pair][3]).to(device) for name in PAIRS[pair][:2])
+    teacher, student = (Logits(torch_networks.create(name, PAIRS[pair][3])).to(device) for name in PAIRS[pair][:2])
     teacher, student = teacher.eval().to(memory_format=memory_format), student.train().to(memory_format=memory_format)
     return teacher, student, torch.optim.SGD(student.parameters(), 0.025, 0.9, weight_decay=5e-4), device
 
@@ -370,8 +382,8 @@ def torch_update(teacher, student, optimizer, views, labels, autocast=False):
     with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
         for view in views:
             with torch.no_grad():
-                t = teacher(view)[0]
-            s = student(view)[0].float()
+                t = teacher(view)
+            s = student(view).float()
             t = t.float()
             distance = (s - s.mean(1, keepdim=True) - t + t.mean(1, keepdim=True)).square().mean()
             total = total + torch.nn.functional.cross_entropy(s, labels) + 5 * distance

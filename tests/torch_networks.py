@@ -32,12 +32,14 @@ class Residual(nn.Module):
         if stride != 1 or channels != features:
             setattr(self, shortcut, nn.Sequential(*conv_bn(channels, features, 1, stride)))
 
-    def forward(self, x):
+    def preactivation(self, x):
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.bottleneck:
             y = self.bn3(self.conv3(F.relu(y)))
-        self.preactivation = y + getattr(self, self.shortcut_name, nn.Identity())(x)
-        return F.relu(self.preactivation)
+        return y + getattr(self, self.shortcut_name, nn.Identity())(x)
+
+    def forward(self, x):
+        return F.relu(self.preactivation(x))
 
 
 class ResNet(nn.Module):
@@ -59,9 +61,11 @@ class ResNet(nn.Module):
         preactivations = [self.bn1(self.conv1(x))]
         features = [F.relu(preactivations[0])]
         for stage in range(1, self.stages + 1):
-            layer = getattr(self, f"layer{stage}")
-            features.append(layer(features[-1]))
-            preactivations.append(layer[-1].preactivation)
+            x, (*blocks, last) = features[-1], getattr(self, f"layer{stage}")
+            for block in blocks:
+                x = block(x)
+            preactivations.append(last.preactivation(x))
+            features.append(F.relu(preactivations[-1]))
         embedding = features[-1].mean((2, 3))
         return getattr(self, self.head)(embedding), features, embedding, preactivations
 
@@ -76,9 +80,11 @@ class WideBlock(nn.Module):
             self.convShortcut = nn.Conv2d(channels, features, 1, stride, bias=False)
 
     def forward(self, x):
-        self.opening = self.bn1(x)
-        y = self.conv2(F.relu(self.bn2(self.conv1(F.relu(self.opening)))))
-        return y + (self.convShortcut(F.relu(self.opening)) if hasattr(self, "convShortcut") else x)
+        return self.after(x, self.bn1(x))
+
+    def after(self, x, preactivation):
+        y = self.conv2(F.relu(self.bn2(self.conv1(F.relu(preactivation)))))
+        return y + (self.convShortcut(F.relu(preactivation)) if hasattr(self, "convShortcut") else x)
 
 
 class WideStage(nn.Module):
@@ -87,9 +93,6 @@ class WideStage(nn.Module):
         self.layer = nn.Sequential(
             *[WideBlock(features if i else channels, features, 1 if i else stride) for i in range(count)]
         )
-
-    def forward(self, x):
-        return self.layer(x)
 
 
 class WideResNet(nn.Module):
@@ -104,10 +107,15 @@ class WideResNet(nn.Module):
         self.fc = nn.Linear(64 * width, num_classes)
 
     def forward(self, x):
-        features, stages = [self.conv1(x)], (self.block1, self.block2, self.block3)
-        for stage in stages:
-            features.append(stage(features[-1]))
-        preactivations = [*(stage.layer[0].opening for stage in stages), self.bn1(features[-1])]
+        features, preactivations = [self.conv1(x)], []
+        for stage in (self.block1, self.block2, self.block3):
+            x, (first, *blocks) = features[-1], stage.layer
+            preactivations.append(first.bn1(x))
+            x = first.after(x, preactivations[-1])
+            for block in blocks:
+                x = block(x)
+            features.append(x)
+        preactivations.append(self.bn1(features[-1]))
         embedding = F.relu(preactivations[-1]).mean((2, 3))
         return self.fc(embedding), features, embedding, preactivations
 
