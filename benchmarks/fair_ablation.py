@@ -106,16 +106,14 @@ def main():
             print(f"note: {error}")
             summaries = error.summaries
 
+    if not (finished := list(filter(None, summaries))):
+        sys.exit("Error: all students diverged")
     rows = {}
     for i, name in enumerate(flags.losses):
         own = summaries[i * flags.seeds : (i + 1) * flags.seeds]
         last, best = ([each and each[kind]["top1"] for each in own] for kind in ("last", "best"))
-        if finished := list(filter(None, own)):
-            config = finished[0]["config"] | {"seed": flags.first_seed}
-            rows[name] = {"last": last, "best": best, "config": config}
-    finished = list(filter(None, summaries))
-    if not finished:
-        sys.exit("Error: all students diverged")
+        if one := next(filter(None, own), None):
+            rows[name] = {"last": last, "best": best, "config": one["config"] | {"seed": flags.first_seed}}
     record = {
         "scale": "short",
         "views": flags.views,

@@ -75,7 +75,7 @@ def items(scale: str) -> list[Item]:
         students("headline-cross_entropy", (PAIR, "cross_entropy")),
         *benchmarks[3:],
         *(students(f"headline-eps={eps}", (PAIR, f"{ranking}-eps={eps}-rank_scale=logits")) for eps in (0.1, 0.05)),
-        # With a given teacher, or not at all.
+        # With a given teacher, or, but for the last of them, not at all.
         students("resnet56-resnet20-weak", (small, f"{ranking}-views=weak")),
         students("resnet56-resnet20", (small, ranking)),
         students("resnet56-resnet20-kd", (small, "kd")),
