@@ -172,8 +172,8 @@ def norm(x: jax.Array) -> jax.Array:
 def log_probabilities(
     student_logits: jax.Array,
     teacher_logits: jax.Array,
-    temperature: float | jax.Array = 1.0,
-    where: jax.Array | None = None,
+    temperature: float | jax.Array,
+    where: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """log softmax of both sides' logits / T over the classes where `where`; the others' values mean nothing.
 

@@ -146,10 +146,19 @@ def test_values_and_gradients_are_numpys(name):
 def test_per_example_under_any_leading_axes():
     for name in CASES:
         assert jax.eval_shape(compiled(name), S, T)[0].shape == (BATCH,), name
-    stacked = losses.kl(jnp.float32([S, T]), jnp.float32([T, S]), 4.0)
-    np.testing.assert_allclose(stacked, [losses.kl(S, T, 4.0), losses.kl(T, S, 4.0)], rtol=1e-6)
-    stacked = losses.cross_entropy(jnp.float32([S, T]), jnp.array([Y, Y]))
-    np.testing.assert_allclose(stacked, [losses.cross_entropy(S, Y), losses.cross_entropy(T, Y)], rtol=1e-6)
+
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def of_all(s, t, y):
+        found = {name: getattr(losses, name)(s, t) for name in ("kl", "soft_cross_entropy", "pearson")}
+        found |= {kind: losses.ranking_alignment(s, t, 0.5, kind) for kind in ("l2", "l1", "spearman")}
+        found |= {name: getattr(losses, name)(s, y) for name in ("cross_entropy", "pick", "label_first")}
+        return found | {"label_kl": losses.label_kl(s, t, y, t.argmax(-1)), "standardize": losses.standardize(s)}
+
+    s, t, y = jnp.float32([S, T]), jnp.float32([T, S]), jnp.array([Y, Y])
+    stacked = of_all(s, t, y)
+    for i in range(2):
+        for name, expected in of_all(s[i], t[i], y[i]).items():
+            np.testing.assert_allclose(stacked[name][i], expected, rtol=1e-5, err_msg=name)
 
 
 def test_temperature_is_1_unless_it_is_given():
@@ -269,7 +278,14 @@ def test_constant_rows_leave_no_rounding_to_be_scaled_up(classes, value):
 def test_pearson_is_0_where_a_side_is_constant_and_invariant_to_affine_maps():
     np.testing.assert_array_equal(losses.pearson(jnp.ones((1, 4)), jnp.arange(4.0)[None]), [0.0])
     np.testing.assert_allclose(losses.pearson(3 * S + 2, T / 7 - 1), losses.pearson(S, T), atol=1e-6)
+    s, t = (x - x.mean(-1, keepdims=True) for x in (S, T))
+    scale = np.linalg.norm(s, axis=-1) * np.linalg.norm(t, axis=-1)
+    np.testing.assert_allclose(losses.pearson(S, T, epsilon=2.0), (s * t).sum(-1) / (scale + 2), atol=1e-6)
     np.testing.assert_allclose(losses.pearson(jnp.float32(S) * 1e-6, jnp.float32(T), epsilon=1.0), 0.0, atol=1e-3)
+
+
+def test_standardize_of_two_classes():
+    np.testing.assert_allclose(losses.standardize(S[:, :2]).std(-1, ddof=1), 1, rtol=1e-5)
 
 
 def test_label_first_keeps_a_right_teachers_logits_and_the_others_order():
