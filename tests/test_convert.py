@@ -4,6 +4,7 @@ import collections
 import hashlib
 import json
 import pickle
+import struct
 import tarfile
 import zipfile
 
@@ -129,6 +130,27 @@ def test_reads_every_kind_of_tensor(tmp_path, zipped):
         assert found[key].shape == tuple(tree[key].shape)
     np.testing.assert_array_equal(found["nested"][0]["a"], base.numpy())
     assert found["nested"][1] == (1, "b", None)
+
+
+def test_reads_what_old_versions_wrote_as_pytorch_does(tmp_path):
+    """A part of a storage, of PyTorch before 0.4; and names in UTF-8, of Python 2."""
+
+    class OfAPart(pickle.Pickler):
+        def persistent_id(self, thing):
+            part = ("a part's key", 2, 5)
+            kept = isinstance(thing, torch.storage.TypedStorage)
+            return ("storage", torch.FloatStorage, "0", "cpu", 10, part) if kept else None
+
+    with (tmp_path / "x.pth").open("wb") as file:
+        for head in (torch_file._LEGACY_MAGIC, 1001, {"little_endian": True}):
+            pickle.dump(head, file, protocol=2)
+        OfAPart(file, protocol=2).dump({"w": torch.zeros(5)})
+        pickle.dump(["0"], file, protocol=2)
+        file.write(struct.pack("<q", 10) + np.arange(10, dtype=np.float32).tobytes())
+    expected = torch.load(tmp_path / "x.pth")["w"]
+    np.testing.assert_array_equal(torch_file.load(tmp_path / "x.pth")["w"], expected)
+    np.testing.assert_array_equal(expected, [2, 3, 4, 5, 6])
+    assert torch_file.load(forged(tmp_path / "y.pth", b"}U\x02\xc3\xa9K\x01s")) == {"é": 1}
 
 
 def test_reads_and_writes_grey_and_half_precision(tmp_path):
