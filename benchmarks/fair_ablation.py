@@ -161,7 +161,7 @@ def by_seed(found: list[dict], loss: str, kind: str) -> dict[int, float]:
 
 def table(found: list[dict]) -> str:
     """Markdown of the results of one or several records."""
-    names = list(dict.fromkeys(name for record in found for name in record["rows"]))
+    names = [name for name in CHOICES if any(name in record["rows"] for record in found)]
     last, best = ({name: by_seed(found, name, kind) for name in names} for kind in ("last", "best"))
     seeds = sorted({seed for values in last.values() for seed in values})
     if len(seeds) == 1:

@@ -1016,6 +1016,13 @@ def test_damaged_teacher(tiny, small_teacher, tmp_path, damage):
         experiment.build(tiny(teacher_checkpoint=str(path)))
 
 
+def test_a_fingerprint_is_of_names_types_shapes_and_values():
+    x = np.arange(6, dtype=np.float32)
+    others = ({"b": x}, {"a": {"a": x}}, {"a": x.reshape(2, 3)}, {"a": x.view(np.int32)}, {"a": x[::-1]})
+    assert len({checkpoint.fingerprint(tree) for tree in ({"a": x}, *others)}) == 1 + len(others)
+    assert checkpoint.fingerprint({"a": jnp.asarray(x)}) == checkpoint.fingerprint({"a": x[::-1][::-1]})
+
+
 def test_network_saved_in_half_precision_is_read_as_float32(small_teacher, tmp_path):
     variables, metadata = checkpoint.load_network(small_teacher)
     half = jax.tree.map(lambda x: x.astype(np.float16), variables)
