@@ -154,11 +154,13 @@ def test_per_example_under_any_leading_axes():
         found |= {name: getattr(losses, name)(s, y) for name in ("cross_entropy", "pick", "label_first")}
         return found | {"label_kl": losses.label_kl(s, t, y, t.argmax(-1)), "standardize": losses.standardize(s)}
 
-    s, t, y = jnp.float32([S, T]), jnp.float32([T, S]), jnp.array([Y, Y])
-    stacked = of_all(s, t, y)
-    for i in range(2):
-        for name, expected in of_all(s[i], t[i], y[i]).items():
-            np.testing.assert_allclose(stacked[name][i], expected, rtol=1e-5, err_msg=name)
+    s, t, y = np.stack([S, T]), np.stack([T, S]), np.stack([Y, Y])
+    with jax.enable_x64(True):
+        stacked, *single = of_all(s, t, y), of_all(S, T, Y), of_all(T, S, Y)
+    for i, found in enumerate(single):
+        for name, expected in found.items():
+            assert expected.dtype == jnp.float64
+            np.testing.assert_allclose(stacked[name][i], expected, rtol=1e-9, err_msg=name)
 
 
 def test_temperature_is_1_unless_it_is_given():
