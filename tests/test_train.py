@@ -1020,7 +1020,7 @@ def test_a_fingerprint_is_of_names_types_shapes_and_values():
     x = np.arange(6, dtype=np.float32)
     others = ({"b": x}, {"a": {"a": x}}, {"a": x.reshape(2, 3)}, {"a": x.view(np.int32)}, {"a": x[::-1]})
     assert len({checkpoint.fingerprint(tree) for tree in ({"a": x}, *others)}) == 1 + len(others)
-    assert checkpoint.fingerprint({"a": jnp.asarray(x)}) == checkpoint.fingerprint({"a": x[::-1][::-1]})
+    assert checkpoint.fingerprint({"a": jnp.asarray(x)}) == checkpoint.fingerprint({"a": x})
 
 
 def test_network_saved_in_half_precision_is_read_as_float32(small_teacher, tmp_path):
