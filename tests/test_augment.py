@@ -233,6 +233,8 @@ def test_weak_view_is_a_uniform_crop_and_flip(height, width, padding):
     joint = np.bincount(down * cells + right, minlength=cells**2)
     assert ((joint - batch / cells**2) ** 2 / (batch / cells**2)).sum() < cells**2 + 6 * np.sqrt(2) * cells  # chi^2
     assert abs(flipped.mean() - 0.5) < 0.04
+    for offset in (down, right):  # whatever the crop
+        assert abs(flipped[offset > padding].mean() - 0.5) < 0.06
 
 
 def test_weak_view_switches():
@@ -251,9 +253,14 @@ def test_weak_rotation_is_pils():
     image = photographs(4, 24, 24)[0]
     level_of = {from_pil(to_pil(image).rotate(angle)).tobytes(): i for i, angle in enumerate(degrees)}
     batch = np.broadcast_to(image, (200, *image.shape))
-    views = np.asarray(weak_view(jax.random.key(0), batch, padding=0, flip=False, rotation=20.0))
+    key = jax.random.key(0)
+    views = np.asarray(weak_view(key, batch, padding=0, flip=False, rotation=20.0))
     levels = np.array([level_of[view.tobytes()] for view in views])
     assert np.histogram(levels, 4, (0, augment.LEVELS))[0].min() > 25
+
+    mirrored = (np.asarray(weak_view(key, batch, padding=0, rotation=20.0)) != views).any((1, 2, 3))
+    for half in (levels < augment.LEVELS / 2, levels >= augment.LEVELS / 2):  # flipped whatever the angle
+        assert 0.25 < mirrored[half].mean() < 0.75
 
 
 def test_weak_view_crops_and_flips_what_it_has_rotated():

@@ -70,6 +70,20 @@ def test_clock_counts_training_alone(monkeypatch):
     assert clock.rate() == 0
 
 
+def test_the_speed_leaves_out_the_calls_that_compile(tiny, tmp_path, monkeypatch):
+    """Logged every three steps, two steps a call: 2 + 1, four times. The first of either length compiles."""
+    clocks = []
+
+    class Kept(metrics.Clock):
+        def __init__(self, *progress):
+            super().__init__(*progress)
+            clocks.append(self)
+
+    monkeypatch.setattr(train, "Clock", Kept)
+    train.train_and_evaluate(tiny(steps_per_call=2, log_every=3, num_steps=12, eval_epochs=10.0), tmp_path / "run")
+    assert [clock.steps for clock in clocks] == [12 - 2 - 1]
+
+
 def network(workdir, name="last"):
     return checkpoint.load_network(workdir / name)[0]
 
