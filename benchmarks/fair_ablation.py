@@ -75,6 +75,7 @@ def main():
     parser.add_argument("--epochs", type=_flags.positive, default=6)
     parser.add_argument("--num_train", type=_flags.positive, default=10_000)
     parser.add_argument("--views", choices=("weak", "strong", "both"), default="both")
+    parser.add_argument("--view_reduction", choices=("sum", "mean"), default="sum", help="of a loss over both views")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     flags = parser.parse_args()
     _memory.keep()
@@ -87,7 +88,8 @@ def main():
     shared.update(student=flags.student, teacher_checkpoint=flags.teacher_checkpoint, num_train=flags.num_train)
     # The paper's schedule in small: the rate falls after 1/2, 6/10 and 7/10 of the epochs.
     shared.update(num_epochs=flags.epochs, decay_epochs=tuple(flags.epochs * part for part in (0.5, 0.6, 0.7)))
-    shared.update(views=flags.views, dtype=flags.dtype, data_seed=0, checkpoint_seconds=120.0)
+    shared.update(views=flags.views, view_reduction=flags.view_reduction, dtype=flags.dtype)
+    shared.update(data_seed=0, checkpoint_seconds=120.0)
     if jax.default_backend() == "cpu":
         shared.update(eval_epochs=flags.epochs / 4, log_every=26)
     else:  # whole epochs, which are a call each
