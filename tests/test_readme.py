@@ -285,6 +285,13 @@ def test_means_over_the_ablations_seeds_are_those_of_results():
     }
     kinds = (f"{more['cross_entropy']:.1f} points for cross_entropy", f"{more['kd']:.1f} for kd")
     assert f"by {', '.join(kinds)} and {more['ranking_alignment']:.1f} for ranking_alignment" in page
+    found = fair_ablation.records(ROOT / "results" / "fair_ablation_resnet20_mean.json")
+    ((seed, mean_of_views),) = fair_ablation.by_seed(found, "ranking_alignment, eps 1", "last").items()
+    summed, one_view = last["ranking_alignment"][seed], on_weak["ranking_alignment"][seed]
+    assert f"With this seed, {seed}, the sum has {summed:.2f} and weak views alone {one_view:.2f}." in page
+    parts = mean_of_views - one_view, summed - one_view, summed - mean_of_views
+    assert "So {:.2f} of these {:.2f} points are there without the larger step, and {:.2f} come".format(*parts) in page
+    assert f"their mean ends {parts[2]:.2f} points lower, below)" in page
     each = {name: [value - on_weak["cross_entropy"][seed] for seed, value in on_weak[name].items()] for name in on_weak}
     assert "kd is {:.2f} and {:.2f} ahead of cross_entropy on weak views,".format(*each["kd"]) in page
     assert "views, ranking_alignment {:.2f} and {:.2f}.".format(*each["ranking_alignment"]) in page
