@@ -7,7 +7,7 @@ writes into OUTPUT
 
     network.jaxexport   StableHLO of jax.export, for CPU, CUDA and TPU: uint8 images in, float32 logits out
     network.pth         a PyTorch state dict, for RepDistiller's and mdistiller's networks of that name
-    network.tflite      for LiteRT; needs tensorflow-cpu
+    network.tflite      for LiteRT; needs TensorFlow
     network.onnx        for ONNX Runtime and others; needs jax2onnx and onnxruntime
     network.json        what goes in, what comes out, and what was measured of each file
 
@@ -175,7 +175,7 @@ class Format(NamedTuple):
 FORMATS = {
     "jax": Format(to_jax, "network.jaxexport", {"flatbuffers": "flatbuffers"}),
     "torch": Format(to_torch, "network.pth"),
-    "tflite": Format(to_tflite, "network.tflite", {"tensorflow-cpu": "tensorflow"}),
+    "tflite": Format(to_tflite, "network.tflite", {"tensorflow": "tensorflow"}),
     "onnx": Format(to_onnx, "network.onnx", {"jax2onnx": "jax2onnx", "onnxruntime": "onnxruntime"}),
 }
 

@@ -16,9 +16,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # where each operation arose: an eighth of the time
 # XLA compiles in half the time and runs slower. XLA_FLAGS="" in the environment: its default, as users have it.
-# From JAX 0.12 on, there are fusion emitters alone, and no flag for them. Tests run on every core: a program that is
+# From JAX 0.11 on, there are fusion emitters alone, and no flag for them. Tests run on every core: a program that is
 # split, to be compiled on several, takes a tenth longer.
-EMITTERS = tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 12)
+EMITTERS = tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11)
 FAST_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1" + (
     EMITTERS * " --xla_cpu_use_fusion_emitters=false"
 )

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from scipy import stats
 
 from rkd_jax import runs
@@ -16,6 +18,24 @@ from rkd_jax.report import paper
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64", "arm64"])
+def test_every_requirement_has_one_version(machine):
+    """On every Python that the README names: what its commands install is what was tested."""
+
+    def names(path):
+        lines = (line.partition("#")[0].strip() for line in (ROOT / path).read_text().splitlines())
+        found = [Requirement(line) for line in lines if line and not line.startswith("-r")]
+        return [canonicalize_name(each.name) for each in found if not each.marker or each.marker.evaluate(environment)]
+
+    first, last = map(int, re.search(r"With Python 3\.(\d+) to 3\.(\d+)", README).groups())
+    for minor in range(first, last + 1):
+        environment = {"python_version": f"3.{minor}", "platform_machine": machine}
+        pinned, required = names("constraints.txt"), names("requirements.txt") + names("requirements-test.txt")
+        assert len(set(pinned)) == len(pinned), environment
+        assert not {*required} - {*pinned}, environment
+        assert sum(name in ("tensorflow", "tensorflow-cpu") for name in required) == 1, environment
 
 
 @pytest.mark.usefixtures("fast_compile")

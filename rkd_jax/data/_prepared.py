@@ -263,7 +263,7 @@ def prepare(name: str, root: Path, version: str = "", archive: str = "") -> Path
     _reach(name, root, {url: file for url, file in files.items() if not _by_hand(root, [file])})
     if importlib.util.find_spec("tensorflow") is None:
         raise ModuleNotFoundError(
-            f"preparing {name} needs TensorFlow, once; training does not: pip install tensorflow-cpu", name="tensorflow"
+            f"preparing {name} needs TensorFlow, once; training does not: pip install tensorflow", name="tensorflow"
         )
     return _run(name, root, builder)
 
