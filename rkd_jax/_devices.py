@@ -35,10 +35,10 @@ def start(kind: str | None = None) -> jax.Device:
         said = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS=")[0]
         said = said or f"it has none of JAX_PLATFORMS={platforms}"
         mend = "unset JAX_PLATFORMS to take what is there, or " if platforms else ""
-        raise OSError(
-            f"JAX can start no device: {said.rstrip('.')}; {mend}see that "
-            "jax is installed for it, its driver works, and no other process holds its memory"
-        ) from error
+        mend += "see that jax is installed for it, its driver works, and no other process holds its memory"
+        if "gloo" in said:  # by which the CPUs of several processes add up
+            mend = f"see that this machine's name, {platform.node()!r}, has an address, in /etc/hosts, say"
+        raise OSError(f"JAX can start no device: {said.rstrip('.')}; {mend}") from error
 
 
 @contextlib.contextmanager

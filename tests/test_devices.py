@@ -143,6 +143,17 @@ def test_no_device(command, teacher, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_machine_whose_name_has_no_address(monkeypatch):
+    """As in a container without an /etc/hosts of its own: --distributed on CPUs fails so."""
+
+    def local_devices(backend):
+        raise RuntimeError("Unable to initialize 'cpu': [enforce fail at gloo/transport/tcp/device.cc:99] rv == 0")
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    with pytest.raises(OSError, match=rf"gloo/.* see that this machine's name, '{platform.node()}', has an address"):
+        _devices.start()
+
+
 @pytest.mark.parametrize(
     "command",
     [
