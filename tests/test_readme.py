@@ -306,12 +306,20 @@ def test_means_over_the_ablations_seeds_are_those_of_results():
     kinds = (f"{more['cross_entropy']:.1f} points for cross_entropy", f"{more['kd']:.1f} for kd")
     assert f"by {', '.join(kinds)} and {more['ranking_alignment']:.1f} for ranking_alignment" in page
     found = fair_ablation.records(ROOT / "results" / "fair_ablation_resnet20_mean.json")
-    ((seed, mean_of_views),) = fair_ablation.by_seed(found, "ranking_alignment, eps 1", "last").items()
-    summed, one_view = last["ranking_alignment"][seed], on_weak["ranking_alignment"][seed]
-    assert f"With this seed, {seed}, the sum has {summed:.2f} and weak views alone {one_view:.2f}." in page
-    parts = mean_of_views - one_view, summed - one_view, summed - mean_of_views
-    assert "So {:.2f} of these {:.2f} points are there without the larger step, and {:.2f} come".format(*parts) in page
+    averaged = {losses[loss]: fair_ablation.by_seed(found, loss, "last") for record in found for loss in record["rows"]}
+    ((seed,),) = {tuple(values) for values in averaged.values()}
+    averaged, summed, one_view = (
+        [values[name][seed] for name in ("kd", "ranking_alignment")] for values in (averaged, last, on_weak)
+    )
+    alone = f"With this seed, {seed}, the sum has {summed[1]:.2f} and weak views alone {one_view[1]:.2f}"
+    assert f"{alone} by ranking_alignment." in page
+    assert f"kd has {summed[0]:.2f} and {one_view[0]:.2f}:" in page
+    for mean_top1, sum_top1, weak_top1 in zip(averaged, summed, one_view, strict=True):
+        parts = mean_top1 - weak_top1, sum_top1 - weak_top1, sum_top1 - mean_top1
+        assert "{:.2f} of these {:.2f} points are there without the larger step, and {:.2f} come".format(*parts) in page
     assert f"their mean ends {parts[2]:.2f} points lower, below)" in page
+    leads = (f"{values[1] - values[0]:.2f}" for values in (averaged, one_view, summed))
+    assert "is {} ahead of kd on both views and {} on weak ones, with the sum {}.".format(*leads) in page
     each = {name: [value - on_weak["cross_entropy"][seed] for seed, value in on_weak[name].items()] for name in on_weak}
     assert "kd is {:.2f} and {:.2f} ahead of cross_entropy on weak views,".format(*each["kd"]) in page
     assert "views, ranking_alignment {:.2f} and {:.2f}.".format(*each["ranking_alignment"]) in page
