@@ -22,7 +22,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64", "arm64"])
 def test_every_requirement_has_one_version(machine):
-    """On every Python that the README names: what its commands install is what was tested."""
+    """On every Python that the README names, its commands install the versions of constraints.txt, all of them."""
 
     def names(path):
         lines = (line.partition("#")[0].strip() for line in (ROOT / path).read_text().splitlines())
