@@ -71,6 +71,7 @@ def evaluate(
     path: str | os.PathLike,
     field: str = "--workdir",
     load_splits: Callable[[experiment.Fields], data.Splits] = experiment.load_splits,
+    by_class: bool = False,
 ) -> dict[str, Any]:
     """Accuracy of one network folder on the config's test set; `field` named the folder, for the errors.
 
@@ -78,7 +79,8 @@ def evaluate(
     are read. Where the config leaves the size of the images open, it is the network's. `load_splits` may keep a set
     for the next network.
     Returns {"network", "parameters", "step" (None: not trained here), "top1", "top5" (both in percent), "loss",
-    "images"}.
+    "images"}; with `by_class` "classes", too, the top-1 accuracy of each class, by its name or, where that is not
+    known, its number (None: it has no images).
     """
     values = experiment.shrink(config)
     fields = experiment.Fields(values)
@@ -90,14 +92,19 @@ def evaluate(
     splits = _in_size(load, fields.dataset, side) if fields.image_size is None else load(fields.image_size)
     found = restore(path, splits.test.images.shape[1:], splits, field)
     eval_step = steps.make_eval_step(found.network, found.normalization, steps.local_mesh())
-    result = steps.evaluate(eval_step, found.variables, *splits.test, fields.at_least("eval_batch_size", 1))
-    return {
+    sums = steps.total(eval_step, found.variables, *splits.test, fields.at_least("eval_batch_size", 1))
+    result = {
         "network": found.metadata["network"],
         "parameters": models.count_parameters(found.variables["params"]),
         "step": found.metadata.get("step"),
-        **_files.plain(result),
+        **_files.plain(steps.means(sums)),
         "images": len(splits.test.labels),
     }
+    if by_class:
+        names = splits.class_names or map(str, range(splits.num_classes))
+        of_class = zip(names, sums["top1_of_class"], sums["count_of_class"], strict=True)
+        result["classes"] = {name: 100 * float(hits / count) if count else None for name, hits, count in of_class}
+    return result
 
 
 class _Kept:
@@ -147,7 +154,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """What `python main.py --mode=eval` does: evaluates a network folder, or the best and last networks of runs.
 
-    Prints a line for each, and writes them all, with command, commit, versions and device, to WORKDIR/evaluation.json.
+    Prints a line for each, and writes them all, with the accuracy of each class, command, commit, versions and device,
+    to WORKDIR/evaluation.json.
     changes: where the user named no config, the fields that are set; each network is then tested as `recorded` says.
     given: the fields that were set by hand, of which those that no test reads are named. Of several processes, the
     first does it.
@@ -178,7 +186,7 @@ def _run(
     results, load_splits = [], _Kept()
     for path in paths:
         chosen = config if changes is None else recorded(path, config, changes)
-        result = evaluate(chosen, path, load_splits=load_splits)
+        result = evaluate(chosen, path, load_splits=load_splits, by_class=True)
         random = bool(chosen.smoke and data.form(chosen.dataset))
         images = f"{result['images']:,} " + ("random images" if random else f"test images of {chosen.dataset}")
         results.append({"path": str(path), "dataset": "random images" if random else chosen.dataset, **result})

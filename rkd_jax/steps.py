@@ -525,8 +525,9 @@ def _update(
 def make_eval_step(network: nn.Module, normalization: Normalization, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
     """Returns step(variables, images, labels) -> sums over the batch; a label below 0 marks padding.
 
-    The sums: "top1", "top5" (images whose label is among the 1, 5 highest logits), "loss" (cross-entropy), "count". The
-    devices of the mesh share the batch, padded to a multiple of their number.
+    The sums: "top1", "top5" (images whose label is among the 1, 5 highest logits), "loss" (cross-entropy), "count"; and
+    by class, [C], "top1_of_class" and "count_of_class". The devices of the mesh share the batch, padded to a multiple
+    of their number.
     """
 
     @jax.jit
@@ -540,33 +541,47 @@ def make_eval_step(network: nn.Module, normalization: Normalization, mesh: Mesh)
         real = labels >= 0
         _, best = jax.lax.top_k(logits, min(5, logits.shape[-1]))
         hits = (best == labels[:, None]) & real[:, None]
-        cross_entropy = losses.cross_entropy(logits, jnp.maximum(labels, 0))
+        classes = jnp.maximum(labels, 0)
+        cross_entropy = losses.cross_entropy(logits, classes)
+
+        def by_class(which: jax.Array) -> jax.Array:
+            return jnp.zeros(logits.shape[-1], jnp.int32).at[classes].add(which)
+
         return {
             "top1": hits[:, 0].sum(),
             "top5": hits.sum(),
             "loss": jnp.where(real, cross_entropy, 0).sum(),
             "count": real.sum(),
+            "top1_of_class": by_class(hits[:, 0]),
+            "count_of_class": by_class(real),
         }
 
     return eval_step
 
 
-@_devices.memory("lower config.eval_batch_size")
 def evaluate(
     eval_step: Callable, variables: Any, images: np.ndarray, labels: np.ndarray, batch_size: int
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, and the mean cross-entropy, over a whole set of uint8 images."""
-    total: dict[str, Any] = {}
+    return means(total(eval_step, variables, images, labels, batch_size))
+
+
+def means(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What `evaluate` returns, of what `total` does."""
+    scales = {"top1": 100, "top5": 100, "loss": 1}
+    return {name: scale * float(sums[name]) / float(sums["count"]) for name, scale in scales.items()}
+
+
+@_devices.memory("lower config.eval_batch_size")
+def total(
+    eval_step: Callable, variables: Any, images: np.ndarray, labels: np.ndarray, batch_size: int
+) -> dict[str, np.ndarray]:
+    """What `eval_step` sums, over a whole set of uint8 images."""
+    found: dict[str, Any] = {}
     for start in range(0, len(images), batch_size):
         chunk, chunk_labels = images[start : start + batch_size], labels[start : start + batch_size]
         padding = min(batch_size, len(images)) - len(chunk)
         chunk = np.pad(chunk, [(0, padding)] + [(0, 0)] * 3)
         sums = eval_step(variables, chunk, np.pad(chunk_labels, (0, padding), constant_values=-1))
-        total = sums if not total else jax.tree.map(jnp.add, total, sums)
-    total = jax.device_get(total)
-    count = float(total["count"])
-    return {
-        "top1": 100 * float(total["top1"]) / count,
-        "top5": 100 * float(total["top5"]) / count,
-        "loss": float(total["loss"]) / count,
-    }
+        found = sums if not found else jax.tree.map(jnp.add, found, sums)
+    return jax.device_get(found)

@@ -202,6 +202,20 @@ def test_evaluation_names_the_field_and_says_what_it_cannot_write(resnets, teach
         runs.compare(resnets(compare=True, teacher_checkpoint=str(tmp_path / "network")), tmp_path / "run")
 
 
+def test_evaluation_has_the_accuracy_of_each_class(tiny, small_teacher, tmp_path):
+    network = shutil.copytree(small_teacher, tmp_path / "network")
+    images, labels = data.load("digits", "").test
+    write_images(tmp_path / "set" / "test", images[labels != 4, :, :, 0], labels[labels != 4])
+    (tmp_path / "set" / "test" / "4").mkdir()
+    restored = evaluate.restore(network, images.shape[1:])
+    right = np.asarray(restored(images).logits).argmax(1) == labels
+    evaluate.run(tiny(dataset=f"folder:{tmp_path / 'set'}", num_train=None, num_test=None), network)
+    (result,) = json.loads((network / "evaluation.json").read_text())["results"]
+    expected = {str(i): None if i == 4 else 100 * right[labels == i].mean() for i in range(10)}
+    assert result["classes"] == pytest.approx(expected)
+    assert result["top1"] == pytest.approx(100 * right[labels != 4].mean())
+
+
 @pytest.mark.slow
 def test_evaluation_without_a_config_takes_that_of_each_run(tiny, teacher, tmp_path, capsys):
     pixels = np.random.default_rng(0).integers(0, 256, (40, 9, 11), np.uint8)

@@ -450,14 +450,16 @@ def test_evaluation_equals_numpy(tiny, batch_size):
     run = experiment.build(tiny(num_test=90))
     variables = run.teacher_variables
     normalization = run.recipe.student_normalization
-    result = steps.evaluate(
-        steps.make_eval_step(run.teacher, normalization, steps.local_mesh()), variables, *run.splits.test, batch_size
-    )
+    eval_step = steps.make_eval_step(run.teacher, normalization, steps.local_mesh())
+    result = steps.evaluate(eval_step, variables, *run.splits.test, batch_size)
+    sums = steps.total(eval_step, variables, *run.splits.test, batch_size)
     images = augment.normalize(jnp.asarray(run.splits.test.images), *normalization)
     logits = np.asarray(run.teacher.apply(variables, images, train=False).logits, np.float64)
     labels = run.splits.test.labels
     order = np.argsort(-logits, axis=1)
     assert result["top1"] == pytest.approx(100 * (order[:, 0] == labels).mean())
+    assert [*sums["count_of_class"]] == [(labels == i).sum() for i in range(10)]
+    assert [*sums["top1_of_class"]] == [((order[:, 0] == i) & (labels == i)).sum() for i in range(10)]
     assert result["top5"] == pytest.approx(100 * (order[:, :5] == labels[:, None]).any(1).mean())
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     assert result["loss"] == pytest.approx(-log_p[np.arange(90), labels].mean(), rel=1e-5)

@@ -145,6 +145,10 @@ def test_evaluation_agrees_to_the_digit(tiny, finished, capsys):
         }
         metadata = checkpoint.read_metadata(workdir / name)
         assert {key: metadata[key] for key in ("step", "top1", "top5")}.items() <= summary[name].items()
+        of_class = json.loads((workdir / "evaluation.json").read_text())["results"][name == "last"]["classes"]
+        counts = np.bincount(data.load("digits", "", num_test=40).test.labels, minlength=10)
+        assert [*of_class] == [str(i) for i in range(10)]
+        assert np.average([*of_class.values()], weights=counts) == pytest.approx(summary[name]["top1"])
     assert "top-1" in capsys.readouterr().out
 
 
