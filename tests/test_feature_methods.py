@@ -148,6 +148,37 @@ def reference_sp(m, params, s, t):
     return {"similarity": m["beta"] * (gram_t - gram_s).pow(2).sum() / BATCH**2}
 
 
+def reference_nst(m, params, s, t):
+    total = 0
+    for stage in stages(s, t):
+        a, b = (F.normalize(x.flatten(2), dim=2) for x in resize(*stage))
+        pairs = [(a[:, :, None] * a[:, None]), (b[:, :, None] * b[:, None]), (a[:, :, None] * b[:, None])]
+        own, theirs, across = (x.sum(-1).pow(2).mean() for x in pairs)
+        total = total + own + theirs - 2 * across
+    return {"selectivity": m["beta"] * total}
+
+
+def reference_pkt(m, params, s, t):
+    s, t = ((1 + F.cosine_similarity(x.embedding[:, None], x.embedding[None], dim=2)) / 2 for x in (s, t))
+    s, t = (x / x.sum(1, keepdim=True) for x in (s, t))
+    return {"probabilities": m["beta"] * (t * ((t + 1e-7).log() - (s + 1e-7).log())).sum() / BATCH**2}
+
+
+def reference_rkd(m, params, s, t):
+    """Pair by pair and triple by triple, those of an example with itself left out: they add nothing but their count."""
+    pairs = list(itertools.permutations(range(BATCH), 2))
+    e = [x.embedding for x in (s, t)]
+    lengths = [torch.stack([(x[i] - x[j]).norm() for i, j in pairs]) for x in e]
+    s_length, t_length = (x / x.mean() for x in lengths)
+    distance = F.smooth_l1_loss(s_length, t_length, reduction="sum") / BATCH**2
+    triples = [(i, j, k) for i, j in pairs for k in range(BATCH) if k not in (i, j)]
+    s_angle, t_angle = (
+        torch.stack([F.cosine_similarity(x[j] - x[i], x[k] - x[i], dim=0) for i, j, k in triples]) for x in e
+    )
+    angle = F.smooth_l1_loss(s_angle, t_angle, reduction="sum") / BATCH**3
+    return {"distance": m["distance_weight"] * distance, "angle": m["angle_weight"] * angle}
+
+
 def reference_ickd(m, params, s, t):
     s, t = s.last_map, t.last_map
     s = batch_norm(dense(s, params["Dense_0"]), params["BatchNorm_0"])
@@ -307,16 +338,19 @@ REFERENCES = {
     "fitnets": reference_fitnets,
     "ickd": reference_ickd,
     "norm": reference_norm,
+    "nst": reference_nst,
+    "pkt": reference_pkt,
     "reviewkd": reference_reviewkd,
+    "rkd": reference_rkd,
     "sp": reference_sp,
     "vid": reference_vid,
 }
 RESUMING, SIDES = {"fcfd", "norm"}, ("teacher", "student")
 S, T = outputs(0, MAPS["student"]), outputs(1, MAPS["teacher"])
 CASES = [(name, {}, "teacher") for name in sorted(FEATURES)] + [
-    *((name, {}, "longer teacher") for name in ("at", "ickd", "reviewkd", "sp", "vid")),
-    *((name, {}, "smaller teacher") for name in ("at", "fitnets", "reviewkd", "vid")),
-    *((name, {}, "larger teacher") for name in ("at", "fitnets", "reviewkd", "vid")),
+    *((name, {}, "longer teacher") for name in ("at", "ickd", "nst", "reviewkd", "sp", "vid")),
+    *((name, {}, "smaller teacher") for name in ("at", "fitnets", "nst", "reviewkd", "vid")),
+    *((name, {}, "larger teacher") for name in ("at", "fitnets", "nst", "reviewkd", "vid")),
     ("fitnets", {"hint_stage": 1}, "larger teacher"),
     ("cat_kd", {"map_resolution": 4, "normalize_maps": True}, "teacher"),
     ("cat_kd", {"map_resolution": 3}, "larger teacher"),
@@ -396,14 +430,14 @@ def test_values_and_gradients_are_pytorchs(name, fields, kind):
     assert max(np.abs(x).max() for x in jax.tree.leaves(of_s._replace(logits=np.zeros(1)))) > 1e-6
 
 
-@pytest.mark.parametrize("name", ["at", "cat_kd", "sp"])
+@pytest.mark.parametrize("name", ["at", "cat_kd", "nst", "pkt", "rkd", "sp"])
 def test_least_at_the_teacher(name):
     method = methods.create(name)
     one = lambda s, t: method.loss({}, {}, s, t, {"label": Y, "index": INDEX}, context(3.5))[0]  # noqa: E731
-    (term,) = set(one(S, S)) - {"label"}
-    np.testing.assert_allclose(one(S, S)[term], 0, atol=1e-6)
     near = jax.tree.map(lambda a, b: a + 0.1 * b, S, outputs(2, MAPS["student"]))
-    assert 1e-6 < one(near, S)[term] < one(outputs(2, MAPS["student"]), S)[term]
+    for term in set(one(S, S)) - {"label"}:
+        np.testing.assert_allclose(one(S, S)[term], 0, atol=1e-6)
+        assert 1e-6 < one(near, S)[term] < one(outputs(2, MAPS["student"]), S)[term]
 
 
 @needs_torch
@@ -768,7 +802,8 @@ def test_every_pair_of_the_paper(pair):
 @pytest.mark.parametrize("name", sorted(FEATURES))
 def test_networks_without_maps_are_named(name):
     method = methods.create(name)
-    read = {"cat_kd": "class_maps", "crd": "embedding", "fcfd": "cuts", "ickd": "last_map", "norm": "last_map"}
+    read = {"cat_kd": "class_maps", "fcfd": "cuts", "ickd": "last_map", "norm": "last_map"}
+    read |= dict.fromkeys(("crd", "pkt", "rkd"), "embedding")
     field = read.get(name, "features")
     bare, message = Outputs(S.logits), f"reads the student's {field}, and config.student returns none"
     with pytest.raises(ValueError, match=rf"^config\.method='{name}' {message}"):
@@ -784,7 +819,7 @@ def test_networks_without_maps_are_named(name):
     if name == "reviewkd":
         with pytest.raises(ValueError, match=r"reads the teacher's embedding, and config\.teacher returns none"):
             method.init(jax.random.key(0), shapes(S), shapes(T._replace(embedding=None)), EXAMPLES)
-    if name not in ("cat_kd", "crd", "fcfd", "fitnets", "ickd", "norm"):
+    if name not in read and name != "fitnets":
         with pytest.raises(ValueError, match=r"config\.student returns 1 of at least 2"):
             method.init(jax.random.key(0), shapes(S._replace(features=S.features[:1])), shapes(T), EXAMPLES)
 

@@ -31,7 +31,9 @@ NAMES = methods.names()
 
 # Methods that compare feature maps or embeddings: tests/test_feature_methods.py has their formulas. What holds for
 # functions of the logits is not asked of them.
-FEATURES = {"at", "cat_kd", "crd", "fcfd", "fitnets", "ickd", "norm", "reviewkd", "sp", "vid"}
+FEATURES = {
+    "at", "cat_kd", "crd", "fcfd", "fitnets", "ickd", "norm", "nst", "pkt", "reviewkd", "rkd", "sp", "vid",
+}  # fmt: skip
 # The student's logits at which the terms of distillation are least, where these are not the teacher's.
 MATCH = {"ttm": lambda method, t: method.power * t}
 # Terms that are not least there: a cross-entropy with the label.
