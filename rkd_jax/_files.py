@@ -43,7 +43,8 @@ def plain(value: Any) -> Any:
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """Yields a new folder that takes the place of `folder` in the end, so that nobody ever sees half of it."""
-    fresh, stale = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    put_back(folder)
+    fresh, stale = folder.with_name(f".{folder.name}.new"), _stale(folder)
     for each in (fresh, stale):
         shutil.rmtree(each, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -56,6 +57,27 @@ def replacing(folder: Path) -> Iterator[Path]:
         folder.rename(stale)
     fresh.rename(folder)
     shutil.rmtree(stale, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Mends what a kill between the two renames of `replacing` left: the old folder, under another name."""
+    if _stale(folder).exists() and not folder.exists():
+        _stale(folder).rename(folder)
+
+
+def _stale(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Yields another name, of the same suffix, whose file takes the place of `path` in the end, or goes."""
+    fresh = path.with_name(f"new-{path.name}")
+    try:
+        yield fresh
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

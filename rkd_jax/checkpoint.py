@@ -146,9 +146,10 @@ def _load_network(
         raise ValueError(
             f"{field}={str(path)!r} is damaged or cut short: {_first_line(error)}; make it again"
         ) from error
-    if metadata.get("fingerprint", found := fingerprint(variables)) != found:
+    if metadata.get("fingerprint", found := fingerprint(variables)) != found:  # a folder made elsewhere may lack it
         raise ValueError(f"{field}={str(path)!r} is damaged: its arrays are not those that were saved; make it again")
-    return jax.tree.map(lambda x: x.astype(np.float32) if x.dtype.kind == "f" else x, variables), metadata
+    variables = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype.kind == "f" else x, variables)
+    return variables, metadata | {"fingerprint": found}
 
 
 def other_classes(metadata: Mapping[str, Any], num_classes: int, class_names: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from rkd_jax import _devices, _flags, checkpoint, models, torch_file
+from rkd_jax import _devices, _files, _flags, checkpoint, models, torch_file
 from rkd_jax.data import cifar100, tiny_imagenet
 from rkd_jax.models._nnx import FromNNX
 
@@ -37,7 +37,7 @@ NORMALISATION = {
     "pytorch-cifar-models": ((0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)),  # chenyaofo's CIFAR-100 networks
 }
 NOTE = "rkd_jax"  # the name, in a file for PyTorch, of what our metadata say of it
-NOTED = ("network", "num_classes", "dataset", "image_size", "mean", "std")
+NOTED = ("network", "num_classes", "class_names", "dataset", "image_size", "mean", "std")
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
 
@@ -109,13 +109,17 @@ def to_torch(variables: Mapping[str, Any], name: str, num_classes: int) -> dict[
 
 
 def save(path: str | os.PathLike, variables: Mapping[str, Any], name: str, metadata: Mapping[str, Any]) -> None:
-    """Writes a network's state dict for PyTorch, to .pth, .pt or .safetensors, and what its metadata say of it."""
+    """Writes a network's state dict for PyTorch, to .pth, .pt or .safetensors, and what its metadata say of it.
+
+    Whole or not at all: a file of before stays where it cannot be written.
+    """
     state, path = to_torch(variables, name, metadata["num_classes"]), Path(path)
     note = json.dumps({key: metadata[key] for key in NOTED if key in metadata} | {"network": name})
-    if path.suffix == ".safetensors":
-        safetensors.numpy.save_file(state, path, {NOTE: note})
-    else:
-        torch_file.save(path, state, **{NOTE: note})
+    with _files.replacing_file(path) as fresh:
+        if path.suffix == ".safetensors":
+            fresh.write_bytes(safetensors.numpy.save(state, {NOTE: note}))
+        else:
+            torch_file.save(fresh, state, **{NOTE: note})
 
 
 def _noted(path: Path, found: Any) -> dict[str, Any]:
@@ -130,6 +134,8 @@ def _noted(path: Path, found: Any) -> dict[str, Any]:
         note = json.loads(found[NOTE])
         sound = all(0 <= x <= 1 for x in note["mean"]) and all(0 < x <= 1 for x in note["std"])
         sound &= int(note.get("image_size", 1)) > 0
+        names = note.get("class_names", [])
+        sound &= isinstance(names, list) and all(isinstance(name, str) for name in names)
         if note.get("network") not in models.names():
             note.pop("network", None)
         return note if sound else {}
@@ -335,6 +341,8 @@ def _to_folder(args: argparse.Namespace) -> str:
     if side := args.image_size or noted.get("image_size", usual):  # of another set's images, the size is not known
         metadata["image_size"] = side
     metadata |= {"dataset": noted["dataset"]} if "dataset" in noted else {}
+    if len(names := noted.get("class_names", ())) == num_classes:
+        metadata["class_names"] = names
     checkpoint.save_network(args.output, variables, metadata)
     count = models.count_parameters(variables["params"])
     return (

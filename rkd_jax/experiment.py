@@ -39,6 +39,7 @@ TEACHER_OFF = {"teacher": "", "teacher_checkpoint": "", "fold_teacher": False}  
 # What a run's config.json has beside the fields, so that it is not gone on with from something else.
 FINGERPRINTS = {
     "teacher_fingerprint": "another network as its teacher",
+    "teacher_normalization": "other normalisation of its teacher's images",
     "student_fingerprint": "another network to begin with",
     "data_fingerprint": "other images",
 }
@@ -225,6 +226,7 @@ def build(config: ConfigDict) -> Experiment:
     _ = fields.smoke, fields.compare, fields.sweep
     prints = {
         "teacher_fingerprint": metadata.get("fingerprint", ""),
+        "teacher_normalization": f"mean {metadata['mean']}, std {metadata['std']}" if teacher else "",
         "data_fingerprint": data_fingerprint(splits),
     }
     if begun:
@@ -414,8 +416,9 @@ def alone(config: ConfigDict, network: str) -> ConfigDict:
 
 def forget_teacher(config: ConfigDict) -> None:
     """Leaves out of a run's record which teacher it had, for one that is trained here."""
-    if "teacher_fingerprint" in config:
-        config.teacher_fingerprint = ""
+    for name in ("teacher_fingerprint", "teacher_normalization"):
+        if name in config:
+            config[name] = ""
 
 
 def drop_foreign(configs: Sequence[ConfigDict], keep: Sequence[Set[str]]) -> None:

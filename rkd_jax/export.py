@@ -270,13 +270,8 @@ def write(export: Export, kind: str, path: Path, pixels: Mapping[str, np.ndarray
 
     ValueError where the network cannot be converted, or where the logits differ; a file of before stays as it is.
     """
-    fresh = path.with_name(f"new-{path.name}")
-    try:
-        record = _measured(export, kind, fresh, pixels)
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)
-    return record
+    with _files.replacing_file(path) as fresh:
+        return _measured(export, kind, fresh, pixels)
 
 
 def _measured(export: Export, kind: str, path: Path, pixels: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -91,8 +91,16 @@ def agree(value: Any) -> Any:
 
 
 def agree_arrays(tree: Any) -> Any:
-    """Process 0's tree of arrays, of the same shapes in every process."""
-    return multihost_utils.broadcast_one_to_all(tree) if jax.process_count() > 1 else tree
+    """Process 0's tree of arrays, of the same types and shapes in every process, to the bit."""
+    if jax.process_count() == 1:
+        return tree
+    leaves, form = jax.tree.flatten(jax.tree.map(np.asarray, tree))
+    # As bytes: the others' zeros are added, which would take the sign of a zero, and numbers too small for the adder.
+    sent = multihost_utils.broadcast_one_to_all([np.frombuffer(leaf.tobytes(), np.uint8) for leaf in leaves])
+    found = (np.asarray(each, np.uint8).tobytes() for each in sent)
+    return form.unflatten(
+        [np.frombuffer(each, leaf.dtype).reshape(leaf.shape) for each, leaf in zip(found, leaves, strict=True)]
+    )
 
 
 def meet() -> None:

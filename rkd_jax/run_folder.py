@@ -13,6 +13,8 @@ from rkd_jax import _files, checkpoint, experiment
 NOT_COMPUTED = ("data_dir", "teacher_checkpoint", "student_checkpoint", "checkpoint_seconds", "stream")
 # Fields that a run may go on with in another value.
 MAY_CHANGE = ("log_every", "eval_batch_size", "steps_per_call")
+# Fields that the records of earlier versions lack.
+LATER = ("teacher_normalization",)
 # Fields that say how long a run is.
 LENGTH = {"num_epochs", "num_steps", "decay_epochs"}
 # What a command leaves in its folder, and the files that tell it.
@@ -65,7 +67,8 @@ def check(workdir: Path, config: Mapping[str, Any]) -> None:
 
 def _agree(workdir: Path, there: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """ValueError where a config is not that of the run in a folder."""
-    names = [name for name in {**there, **config} if name not in NOT_COMPUTED + MAY_CHANGE]
+    unknown = tuple(name for name in LATER if name not in there)
+    names = [name for name in {**there, **config} if name not in NOT_COMPUTED + MAY_CHANGE + unknown]
     means = {name: f" ({what})" for name, what in experiment.FINGERPRINTS.items()}
     differences = {
         name: f"  config.{name}: {there.get(name)!r} there, {config.get(name)!r} here{means.get(name, '')}"
@@ -112,7 +115,7 @@ def finished(workdir: Path) -> dict[str, Any] | None:
 def locked(
     workdir: Path, said: str = "--workdir={}: another run trains there; wait for it, or stop it"
 ) -> Iterator[bool]:
-    """Keeps other runs out of a folder, which is made, and removes what a kill left of a save; yields whether it could.
+    """Keeps other runs out of a folder, which is made, and mends what a kill left of a save; yields whether it could.
 
     ValueError, `said` of the folder, where another is there. Does nothing where a folder cannot be locked (NFS,
     Windows). The lock is on the folder itself, so that nothing of it is left behind, whatever becomes of the process.
@@ -129,6 +132,8 @@ def locked(
             stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a child of this process may have it open still
             alone = True
             checkpoint.remove_unfinished(workdir / "checkpoints")
+            for name in ("best", "last"):
+                _files.put_back(workdir / name)
         except BlockingIOError:
             raise ValueError(said.format(workdir)) from None
         except (OSError, ImportError):

@@ -35,7 +35,7 @@ PER_STUDENT = (
     "student", "student_fingerprint", "method", "seed", "data_seed", "view_reduction", "learning_rate", "schedule",
     "decay_epochs", "decay_factor", "lr_warmup_epochs", "optimizer", "momentum", "nesterov", "weight_decay",
 )  # fmt: skip
-TEACHER = ("teacher", "teacher_fingerprint", "fold_teacher")
+TEACHER = ("teacher", "teacher_fingerprint", "teacher_normalization", "fold_teacher")
 ASK_EVERY = 50  # steps, at most, until processes ask each other whether one was told to stop
 
 

@@ -181,6 +181,7 @@ def test_safetensors_in_and_out(tmp_path):
 def test_file_of_our_own_names_its_network_and_normalisation(tmp_path, capsys, suffix):
     variables = convert.from_torch(state_dict("resnet14", 7), "resnet14", 7)
     facts = {"dataset": "folder:mine", "image_size": 48, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    facts["class_names"] = ["größe", *"abcdef"]
     checkpoint.save_network(tmp_path / "a", variables, {"network": "resnet14", "num_classes": 7, **facts})
     path = tmp_path / f"x.{suffix}"
     command(capsys, "--checkpoint", tmp_path / "a", "--output", path)
@@ -198,6 +199,7 @@ FLAWED = (
     {"mean": [0.5] * 3, "std": [0.0] * 3},
     {"mean": [float("nan")] * 3, "std": [0.2] * 3},
     {"mean": [0.5] * 3, "std": [0.2] * 3, "image_size": "abc"},
+    {"mean": [0.5] * 3, "std": [0.2] * 3, "class_names": "a" * 100},
 )
 
 
@@ -208,6 +210,29 @@ def test_note_that_says_nothing_is_no_harm(tmp_path, capsys, note):
     path = save({"model": state_dict("resnet8", 100), "rkd_jax": note}, tmp_path / "x.pth")
     out = command(capsys, "--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "a")
     assert "normalisation (cifar100)" in out
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_file_that_cannot_be_written_leaves_the_one_of_before(tmp_path, capsys, monkeypatch, suffix):
+    variables = convert.from_torch(state_dict(), "resnet8", 10)
+    metadata = {"network": "resnet8", "num_classes": 10, "mean": [0.5] * 3, "std": [0.2] * 3}
+    path = tmp_path / f"x.{suffix}"
+    convert.save(path, variables, "resnet8", metadata)
+    before = path.read_bytes()
+    (tmp_path / "plain").write_text("")
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+    def full(self, *args):
+        self.with_name(self.name).open("wb").write(before[:1000])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert.torch_file, "save", lambda path, *args, **notes: full(path))
+    monkeypatch.setattr(type(path), "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert.save(path, variables, "resnet8", metadata)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert {each.name for each in tmp_path.iterdir()} == {"plain", path.name}
 
 
 def test_file_of_one_tensor_or_of_numbers_that_numpy_lacks_is_named(tmp_path, capsys):

@@ -86,6 +86,32 @@ def test_two_processes_give_the_losses_of_one(slow, tmp_path):
     np.testing.assert_array_equal(losses(tmp_path / "streamed"), losses(tmp_path / "processes"))
 
 
+ARRAYS = """
+import sys
+sys.path.insert(0, {root!r})
+from rkd_jax import processes
+processes.initialize({where!r})
+import jax, ml_dtypes
+import numpy as np
+numbers = [-0.0, np.nan, np.inf, 1e-40, 1e-45, 3.4e38]
+tree = {{"x": np.array(numbers, np.float32), "half": np.array(numbers, ml_dtypes.bfloat16), "none": np.zeros((0, 3))}}
+tree |= {{"step": np.int32(-7), "on": np.array([True, False]), "most": np.array([[2**32 - 1]], np.uint32)}}
+found = processes.agree_arrays(tree if processes.leads() else jax.tree.map(np.zeros_like, tree))
+for name, value in tree.items():
+    assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
+    assert found[name].tobytes() == value.tobytes(), name
+"""
+
+
+@pytest.mark.slow
+def test_arrays_of_the_first_of_two_processes_come_to_the_bit():
+    port = free_port()
+    scripts = [ARRAYS.format(root=str(ROOT), where=f"localhost:{port},{index},2") for index in range(2)]
+    command = [sys.executable, "-c"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    finish(*(subprocess.Popen([*command, script], **pipes) for script in scripts))
+
+
 @pytest.mark.slow
 def test_chain_in_two_processes_is_taught_by_what_the_first_wrote(slow, tmp_path):
     config = slow(method="takd", assistant="small_network:two_stages", num_steps=2)

@@ -445,6 +445,19 @@ def test_first_bad_step_is_kept(tiny):
     assert int(state.bad_step) == 2
 
 
+@pytest.mark.parametrize("method", ["crd", "mlkd", "norm", *map(SLOW, ("fcfd", "fitnets", "ickd", "reviewkd"))])
+def test_state_stays_float32_where_jax_has_float64_on(resnets, method):
+    run = experiment.build(resnets(method=method, views="both"))
+    with jax.enable_x64(True):
+        state = jax.eval_shape(run.create_state, jax.random.key(0))
+        step = steps.make_train_step([run.learner], run.teacher, run.recipe, steps.data_mesh(8))
+        inputs = steps.Inputs(RNG, (RNG,), *run.splits.train, run.teacher_variables)
+        order = steps.epoch_order(RNG, 0, 64)
+        ((after,), _) = jax.eval_shape(lambda state: step(state, inputs, order, 1), (state,))
+    for tree in (state, after):
+        assert {x.dtype for x in jax.tree.leaves(tree)} <= {np.dtype(kind) for kind in ("float32", "int32", "bool")}
+
+
 @pytest.mark.parametrize("batch_size", [7, 40, 1000])
 def test_evaluation_equals_numpy(tiny, batch_size):
     run = experiment.build(tiny(num_test=90))

@@ -629,6 +629,48 @@ def test_a_runs_record_is_a_config_that_can_be_changed(tiny, small_teacher, tmp_
     assert experiment.build(ConfigDict(alone | {"method": "kd"})).config["teacher_fingerprint"]
 
 
+def test_a_teacher_is_another_with_other_arrays_or_another_normalisation(tiny, small_teacher, tmp_path):
+    variables, metadata = checkpoint.load_network(small_teacher)
+    normalised = {"mean": [0.1] * len(metadata["mean"])}
+    checkpoint.save_network(tmp_path / "normalised", variables, metadata | normalised)
+    checkpoint.save_network(tmp_path / "doubled", jax.tree.map(lambda x: 2 * x, variables), metadata)
+    file = tmp_path / "doubled" / "metadata.json"  # as a folder made elsewhere may be
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "fingerprint"}))
+    config, workdir = tiny(num_steps=1), tmp_path / "run"
+    train.train_and_evaluate(config, workdir)
+    others = {"normalised": ("teacher_normalization", "other normalisation"), "doubled": ("teacher_fingerprint", "ano")}
+    for name, (field, what) in others.items():
+        other = tiny(num_steps=1, teacher_checkpoint=str(tmp_path / name))
+        with pytest.raises(ValueError, match=rf"another config; .*\n  config\.{field}: .* there, .* here \({what}"):
+            train.train_and_evaluate(other, workdir)
+        with pytest.raises(ValueError, match=f"train together share config.{field}, which is "):
+            train.train_together([(config, tmp_path / "a"), (other, tmp_path / "b")])
+    # A record of an earlier version does not say how its teacher's images were normalised.
+    record = json.loads((workdir / "config.json").read_text())
+    assert record.pop("teacher_normalization")
+    (workdir / "config.json").write_text(json.dumps(record))
+    assert train.train_and_evaluate(tiny(num_steps=1, teacher_checkpoint=str(tmp_path / "normalised")), workdir)
+
+
+def test_a_network_is_put_back_where_a_kill_took_it_away(tiny, small_teacher, tmp_path, monkeypatch):
+    workdir = shutil.copytree(small_teacher, tmp_path / "run" / "best").parent
+    variables, metadata = checkpoint.load_network(small_teacher)
+    rename = Path.rename
+
+    def killed(path, target):
+        if path.suffix == ".new":
+            raise KeyboardInterrupt
+        rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_network(workdir / "best", variables, metadata)
+    monkeypatch.undo()
+    assert not (workdir / "best").exists()
+    with run_folder.locked(workdir):
+        assert checkpoint.load_network(workdir / "best")[1] == metadata
+
+
 def test_images_that_change_beneath_a_run_are_noticed(tiny, tmp_path):
     generator = np.random.default_rng(0)
 

@@ -87,8 +87,8 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., K] -> [..., K]."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
         axes = tuple(range(x.ndim - 1))
         centred = x - x.mean(axes)
         return centred * (scale * jax.lax.rsqrt(jnp.square(centred).mean(axes) + EPSILON)) + bias

@@ -75,9 +75,9 @@ class Method(base.Distiller):
 def nce(scores, own, chosen, expected, log_partition):
     """Each example's contrast, [B], and log Z, from the scores of all of the bank, [B, N]; log Z -inf: not set yet."""
     num_examples, counted = scores.shape[-1], own | chosen
-    first = jax.nn.logsumexp(scores, where=counted) - jnp.log(counted.sum() / num_examples)
+    first = jax.nn.logsumexp(scores, where=counted) - jnp.log(counted.sum(dtype=scores.dtype) / num_examples)
     log_partition = jax.lax.stop_gradient(jnp.where(jnp.isneginf(log_partition), first, log_partition))
-    log_p, noise = scores - log_partition, expected / num_examples
+    log_p, noise = scores - log_partition, (expected / num_examples).astype(scores.dtype)
     log_sum = jnp.logaddexp(log_p, jnp.log(noise + EPSILON))
     positive = jnp.sum(log_p - log_sum, axis=-1, where=own)
     negative = jnp.sum(jnp.log(jnp.maximum(noise, EPSILON)) - log_sum, axis=-1, where=chosen)

@@ -37,7 +37,7 @@ class Method(base.Distiller):
 
     def loss(self, params, state, student, teacher, batch, context):
         s, t = (base.weak_and_strong("mlkd", side) for side in (student, teacher))
-        temperatures = jnp.array([self.temperature, 3.0, 5.0, 2.0, 6.0])
+        temperatures = jnp.array([self.temperature, 3.0, 5.0, 2.0, 6.0], jnp.float32)
         p_t = jax.nn.softmax(losses.promote(t[WEAK]))
         unsure_examples, unsure_classes = (x <= jnp.median(x) for x in (p_t.max(axis=-1), p_t.sum(axis=0)))
 

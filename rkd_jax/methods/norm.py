@@ -77,7 +77,7 @@ class Method(base.Distiller):
             raise ValueError(f"config.method='norm' merges layers into config.student's classifier: {what}") from error
         features, channels = params["Dense_0"]["kernel"].shape[::-1]
         # What is affine is known by what it makes of 0 and of each channel's unit.
-        rows = jnp.eye(channels + 1, channels, -1)[:, None, None]
+        rows = jnp.eye(channels + 1, channels, -1, jnp.float32)[:, None, None]
         with jax.default_matmul_precision("highest"):  # the constant cancels, and a GPU's or a TPU's rounding would not
             _, rows = Transform(features).apply({"params": params, "batch_stats": state}, rows, False)
         constant, rows = rows[0, 0, 0], rows[1:, 0, 0] - rows[0, 0, 0]

@@ -45,10 +45,10 @@ class BatchNorm(nn.Module):
                 return (promote(x) * scale + bias).astype(x.dtype)
             return x if bias is None else x + bias.astype(x.dtype)  # which a GPU's convolution takes along
         shape = x.shape[-1:]
-        bias = self.param("bias", nn.initializers.zeros, shape)
-        scale = self.param("scale", nn.initializers.ones, shape)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         if train:
             y, mean, var = _normalize(x, scale, bias, around=running_mean.value)
             if not self.is_initializing():

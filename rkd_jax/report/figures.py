@@ -333,7 +333,8 @@ def sweep(records: Sequence[Mapping[str, Any]], field: str) -> list[float]:
             f"--runs: one of them is of a method without {field}; name runs of those that have it alone{hint}"
         )
     follows = {"data_fingerprint"} if field in ("num_train", "num_test", "image_size") else set()
-    passed = {field, "seed", *run_folder.NOT_COMPUTED, *run_folder.MAY_CHANGE, *follows}
+    unknown = {name for name in run_folder.LATER if any(name not in config for config in configs)}
+    passed = {field, "seed", *run_folder.NOT_COMPUTED, *run_folder.MAY_CHANGE, *follows, *unknown}
     for name in sorted(set().union(*configs) - passed):
         values = {json.dumps(config.get(name)) for config in configs}
         if len(values) > 1:
