@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import difflib
 import functools
+import keyword
 import os
 import re
 import select
@@ -47,6 +48,7 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
     A field that the config lacks, or a config that cannot be read, ends the program in one sentence.
     """
     given = sys.argv
+    _check_names(argv)
     if not names_config(argv):
         argv = sys.argv = [argv[0], f"--config={default}", *argv[1:]]  # config_flags reads sys.argv
     parser = flags.FLAGS[config.name].parser
@@ -62,6 +64,7 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
         while cause and not (place := own_code(cause)):  # what the config's file raised, if it was that
             cause = cause.__context__
         said = re.sub(r"\('Non-boolean argument.*\)", "not a boolean; write True or False", str(error))
+        said = re.sub(r"invalid literal for int\(\) with base 10: ('.*')", r"\1 is no whole number", said)
         said = re.sub(r"^flag --config=\S*: (?=config\.)", "", said)  # a method of one's own that cannot be loaded
         if isinstance(error, flags.UnrecognizedFlagError) and error.flagname in (config.value or ()):
             said = f"--{error.flagname} is no flag; write --config.{error.flagname}"
@@ -83,11 +86,25 @@ def parse_config(argv: list[str], config: flags.FlagHolder, default: str) -> lis
         place = own_code(error)
         if not (place or isinstance(error, ValueError | OSError | ImportError)):
             raise
-        if "[Errno 2]" in str(error):  # of its several lines, the one that names the file
+        if re.search(r"\[Errno (2|21)\]", str(error)):  # of its several lines, the one that names the file
             error = f"{str(error).splitlines()[-1].strip()}; name a file of {os.path.dirname(default)}"
         sys.exit(f"Error: --config: {error}" + (f"\n(in {place})" if place else ""))
     finally:
         sys.argv = given  # the command of the run's record
+
+
+def _check_names(argv: list[str]) -> None:
+    """Ends the program where a flag names a field by what can be none's name, which the parsers' words do not say."""
+    for argument in argv[1:]:
+        named = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        if named and (not (name := named[1]).isidentifier() or keyword.iskeyword(name)):
+            from rkd_jax import methods  # here, as below
+
+            known = name.replace("-", "_")
+            near = (
+                [known] if known.isidentifier() and known != name else difflib.get_close_matches(name, methods.fields())
+            )
+            sys.exit(f"Error: no such field of the config: {name}" + (f". Did you mean {near[0]!r}?" if near else ""))
 
 
 def _parse_with_own_fields(parse: Callable[[str], Any], argv: list[str], path: str) -> Any:

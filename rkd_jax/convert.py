@@ -214,6 +214,8 @@ def _by_prefix(
 
 def _under(found: Mapping[str, np.ndarray], name: str, prefix: str | None, label: str) -> dict[str, np.ndarray]:
     """The arrays behind one prefix, without it: the given one, or that whose keys are nearest to the network's."""
+    if not found:
+        raise ValueError(f"{label} holds no tensors by name; name a file of a network's state dict")
     expected, states = _layout(name, 2, 1).keys(), _by_prefix(found, name, prefix)
     # Fewest missing first: a few layers of a larger network, taken for all, would leave less over than the whole does.
     nearest = sorted(states, key=lambda at: (len(expected - states[at].keys()), len(states[at].keys() - expected), at))
@@ -348,6 +350,7 @@ def _to_folder(args: argparse.Namespace) -> str:
     return (
         f"{args.output}: {name}, {num_classes} classes, {count:,} parameters, from {path.name} ({digest[:12]})\n"
         f"normalisation ({metadata['normalisation']}): mean {metadata['mean']}, std {metadata['std']}"
+        + ("" if side else "\nthe size of its images is not known; --image_size records it")
     )
 
 

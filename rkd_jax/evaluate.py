@@ -51,6 +51,7 @@ def restore(
         raise ValueError(f"image_shape={tuple(image_shape)}; give height, width and channels, such as (32, 32, 3)")
     classes = {"num_classes": splits.num_classes, "class_names": splits.class_names} if splits else {}
     variables, metadata = checkpoint.load_network(path, field=field, **classes)
+    experiment.check_channels(metadata, image_shape[-1], f"{path}", "here are")
     network = models.create(metadata["network"], metadata["num_classes"], field=f"network of {path}")
     experiment.check_variables(network, variables, tuple(image_shape), str(path))
     return Restored(network, variables, steps.Normalization(tuple(metadata["mean"]), tuple(metadata["std"])), metadata)
@@ -79,8 +80,8 @@ def evaluate(
     are read. Where the config leaves the size of the images open, it is the network's. `load_splits` may keep a set
     for the next network.
     Returns {"network", "parameters", "step" (None: not trained here), "top1", "top5" (both in percent), "loss",
-    "images"}; with `by_class` "classes", too, the top-1 accuracy of each class, by its name or, where that is not
-    known, its number (None: it has no images).
+    "images", "image_size"}; with `by_class` "classes", too, the top-1 accuracy of each class, by its name or, where
+    that is not known, its number (None: it has no images).
     """
     values = experiment.shrink(config)
     fields = experiment.Fields(values)
@@ -99,6 +100,7 @@ def evaluate(
         "step": found.metadata.get("step"),
         **_files.plain(steps.means(sums)),
         "images": len(splits.test.labels),
+        "image_size": splits.test.images.shape[1],
     }
     if by_class:
         names = splits.class_names or map(str, range(splits.num_classes))
@@ -189,6 +191,7 @@ def _run(
         result = evaluate(chosen, path, load_splits=load_splits, by_class=True)
         random = bool(chosen.smoke and data.form(chosen.dataset))
         images = f"{result['images']:,} " + ("random images" if random else f"test images of {chosen.dataset}")
+        images += f", {result['image_size']} pixels" if ":" in chosen.dataset else ""
         results.append({"path": str(path), "dataset": "random images" if random else chosen.dataset, **result})
         step = f"step {result['step']:,}: " if result["step"] is not None else ""
         line = f"{path}: {result['network']}, {step}top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"

@@ -507,17 +507,22 @@ def _given(fields: Fields, role: str, network: nn.Module, splits: data.Splits) -
             f"{field}={path!r} was trained on images of {side} pixels, and config.dataset={fields.dataset!r} gives "
             f"{here}; set config.image_size={side}, or {here} if it is to see those"
         )
-    channels, there = splits.train.images.shape[-1], len(metadata["mean"])
-    if there != channels:
-        mend = "save these in RGB" if (channels, there) == (1, 3) else "name a network of such images"
-        raise ValueError(
-            f"{field}={path!r} was trained on images of {there} channels, and config.dataset={fields.dataset!r} has "
-            f"images of {channels}; {mend}"
-        )
+    check_channels(
+        metadata, splits.train.images.shape[-1], f"{field}={path!r}", f"config.dataset={fields.dataset!r} has"
+    )
     if metadata["num_classes"] != splits.num_classes:
         network = models.create(name, metadata["num_classes"], image_size=here, field=f"config.{role}")
     check_variables(network, variables, splits.train.images.shape[1:], field)
     return variables, metadata
+
+
+def check_channels(metadata: Mapping[str, Any], channels: int, network: str, others: str) -> None:
+    """ValueError where a network's images had another number of channels; it and the `others` are named so."""
+    if (there := len(metadata["mean"])) != channels:
+        mend = "save these in RGB" if (channels, there) == (1, 3) else "name a network of such images"
+        raise ValueError(
+            f"{network} was trained on images of {there} channels, and {others} images of {channels}; {mend}"
+        )
 
 
 def _beginning(fields: Fields, student: nn.Module, splits: data.Splits) -> tuple[Any, dict[str, Any]]:

@@ -6,12 +6,14 @@ Without tensorboardX there are no event files, which is said once; without tqdm,
 import contextlib
 import functools
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from rkd_jax import _files
 
@@ -50,7 +52,12 @@ class Writer:
             self._board = None
             _say_once("tensorboardX is not installed: no event files; metrics.jsonl has the same numbers")
         else:
-            self._board = SummaryWriter(str(Path(workdir) / "tensorboard"), purge_step=step + 1)
+            board = Path(workdir) / "tensorboard"
+            for stale in board.glob("events.out.tfevents.*"):  # a kill may have cut it short
+                stale.unlink()
+            self._board = SummaryWriter(str(board), flush_secs=10)
+            for line in kept:
+                self._draw(line)
         self._steps_per_epoch = steps_per_epoch
         self._num_steps = num_steps
         self._batch_size = batch_size
@@ -70,11 +77,11 @@ class Writer:
         """Writes the metrics as of `step`, of one kind: "train" or "test"."""
         epoch = step / self._steps_per_epoch
         with _files.writing(self._path):
-            line = {"step": step, "epoch": round(epoch, 4), "kind": kind, **metrics}
-            self._file.write(json.dumps(_files.plain(line)) + "\n")
+            line = _files.plain({"step": step, "epoch": round(epoch, 4), "kind": kind, **metrics})
+            self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-            for name, value in metrics.items() if self._board else ():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            if self._board:
+                self._draw(line)
         line = f"{kind:5} step {step}/{self._num_steps} epoch {epoch:.2f}"
         for name, value in metrics.items():
             alone = name == "label" and value == metrics.get("loss")  # the only term
@@ -84,6 +91,12 @@ class Writer:
             left = (self._num_steps - step) * self._batch_size / metrics["images_per_second"]
             line += f" | {metrics['images_per_second']:,.0f} images/s, {timedelta(seconds=round(left))} left"
         self.say(line)
+
+    def _draw(self, line: Mapping[str, Any]) -> None:
+        """Adds a line of `metrics.jsonl` to the event files."""
+        for name, value in line.items():
+            if name not in ("step", "epoch", "kind"):
+                self._board.add_scalar(f"{line['kind']}/{name}", math.nan if value is None else value, line["step"])
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""

@@ -235,6 +235,17 @@ def test_file_that_cannot_be_written_leaves_the_one_of_before(tmp_path, capsys, 
     assert {each.name for each in tmp_path.iterdir()} == {"plain", path.name}
 
 
+def test_what_a_file_does_not_say_is_said(tmp_path, capsys):
+    path = save(state_dict("resnet8", 7), tmp_path / "x.pth")
+    flags = ["--model", "resnet8", "--checkpoint", path, "--mean", *["0.5"] * 3, "--std", *["0.2"] * 3]
+    unknown = "the size of its images is not known; --image_size records it"
+    assert unknown in command(capsys, *flags, "--output", tmp_path / "a")
+    assert unknown not in command(capsys, *flags, "--image_size", "48", "--output", tmp_path / "b")
+    path = save([1, 2, 3], tmp_path / "list.pth")
+    message = "list.pth' holds no tensors by name; name a file of a network's state dict"
+    assert message in refusal(capsys, "--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "c")
+
+
 def test_file_of_one_tensor_or_of_numbers_that_numpy_lacks_is_named(tmp_path, capsys):
     path = save(torch.zeros(2, 3), tmp_path / "tensor.pth")
     assert "tensor.pth" in refusal(capsys, "--model", "resnet8", "--checkpoint", path, "--output", tmp_path / "a")

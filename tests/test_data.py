@@ -742,13 +742,18 @@ def test_folder_to_test_on(tmp_path, caplog):
     assert "held out" not in caplog.text
     assert data.load(f"folder:{tmp_path}").class_names == ("cat", "test")
     assert f"{tmp_path} test/ is a class, with no train/ beside it: every tenth image of each class is" in caplog.text
+    write_folder(tmp_path / "more" / "test", {"ape": 10, "bee": 10})
+    data.load(f"folder:{tmp_path}/more/test")
+    assert f"held out to test on (to test on all of them: folder:{tmp_path}/more)" in caplog.text
+    assert len(data.load(f"folder:{tmp_path}/more").test.labels) == 20
 
 
 def test_folder_without_splits(tmp_path, caplog):
     write_folder(tmp_path, {"ape": 20, "bee": 10})
     Image.new("RGB", (30, 30), (50, 50, 50)).save(tmp_path / "bee" / "odd.JPG")
     splits = data.load(f"folder:{tmp_path}")
-    assert f"{tmp_path} has no test/: every tenth image of each class is held out to test on" in caplog.text
+    data.load(f"folder:{tmp_path}", image_size=8)
+    assert caplog.text.count(f"{tmp_path} has no test/: every tenth image of each class is held out to test on\n") == 1
     assert splits.train.images.shape == (28, 64, 64, 3)
     assert splits.test.labels.tolist() == [0, 0, 1]
     assert (splits.train.images[:, 0, 0, 0] == 50 * splits.train.labels).all()

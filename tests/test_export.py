@@ -74,8 +74,10 @@ def logits_of(path, images):
         restored(images[0])
     with pytest.raises(ValueError, match=r"image_shape=\(16, 16\); give height, width and channels"):
         evaluate.restore(path, images.shape[1:3])
-    with pytest.raises(ValueError, match=r"does not fit the network on images of \(16, 16, 4\): "):
-        evaluate.restore(path, (16, 16, 4))
+    for channels, mend in ((4, "name a network of such images"), (1, "save these in RGB")):
+        message = f"^{path} was trained on images of 3 channels, and here are images of {channels}; {mend}$"
+        with pytest.raises(ValueError, match=message):
+            evaluate.restore(path, (16, 16, channels))
     return np.asarray(jax.jit(restored)(images).logits), restored.normalization
 
 

@@ -32,7 +32,7 @@ def texts(*arguments):
     args = figures.parse(list(map(str, arguments)))
     figure = figures.FIGURES[args.figure](args)
     found = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
-    return "\n".join(text for text in found if text)
+    return "\n".join(text.replace("\N{NO-BREAK SPACE}", " ") for text in found if text)
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +327,9 @@ def test_accuracy_by_any_field(tmp_path, values, scale):
 def test_field_that_other_facts_follow_and_steps_that_differ(tmp_path):
     ours = [run(tmp_path / f"{n}", num_train=n, data_fingerprint=str(n), teacher="") for n in (32, 64)]
     (ours[1] / "summary.json").write_text((ours[1] / "summary.json").read_text().replace('"step": 20', '"step": 4000'))
+    args = figures.parse(["field", "num_train", "--runs", *map(str, ours)])
+    title = figures.draw_field(args).get_suptitle()
+    assert "20 to 4,000\N{NO-BREAK SPACE}steps, 1\N{NO-BREAK SPACE}seed" in title  # within neither a line ends
     found = texts("field", "num_train", "--runs", *ours)
     assert "digits, resnet8 by ranking_alignment, 20 to 4,000 steps, 1 seed" in found
 
@@ -372,6 +375,11 @@ def test_eps_shows_blocks(tmp_path):
         (["field", "method", "--runs", "{a}"], "FIELD=method has the value 'ranking_alignment', which is no number"),
         (["eps", "--runs", "{empty}"], "--runs: .* has no line of kind 'train' yet"),
         (["curves", "--runs", "{a}/summary.json"], "--runs: .*summary.json is no run; name runs' folders, or copies"),
+        (["field", "seed", "--runs", "{a}", "{b}"], "they differ in eps, too .*; name runs that differ in seed alone$"),
+        (
+            ["curves", "--runs", "{a}", "--output", "/proc/none/f"],
+            "--output=/proc/none/f cannot be written .*; name an",
+        ),
         (["curves", "--runs", "{a}", "--output", ""], "--output is empty or is a folder"),
         (["curves", "--runs", "{a}", "--output", "{a}"], "--output=.* is a folder; name a file in it"),
         (["curves", "--runs", "{a}", "--output", "{a}/summary.json/b/c"], "--output=.* in a folder: .*json is a file"),

@@ -229,7 +229,7 @@ def test_evaluation_without_a_config_takes_that_of_each_run(tiny, teacher, tmp_p
     other = tiny(dataset="cifar100", num_test=None)
     found = evaluate.run(other, tmp_path / "all", {"num_test": 3})
     assert [(result["dataset"], result["images"]) for result in found[::2]] == [("digits", 3), (own["dataset"], 3)]
-    assert f"(3 test images of {own['dataset']})" in capsys.readouterr().out
+    assert f"(3 test images of {own['dataset']}, 8 pixels)" in capsys.readouterr().out
     found = evaluate.run(other, tmp_path / "all" / "digits" / "best", {})
     assert (found[0]["dataset"], found[0]["images"]) == ("digits", 40)
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -134,6 +135,38 @@ def test_what_is_logged_is_the_mean_since_the_last_log(tiny, finished, tmp_path)
         means = np.array([line[name] for line in each]).reshape(4, 3).mean(1)
         np.testing.assert_allclose([line[name] for line in logged], means, rtol=1e-5)
     assert [line["learning_rate"] for line in logged] == pytest.approx([0.01] * 4)
+
+
+def test_event_files_of_a_run_that_goes_on_have_what_metrics_jsonl_has(tmp_path):
+    """A kill takes what had not come to the disk, and the run goes on behind it."""
+    proto = pytest.importorskip("tensorboardX.proto.event_pb2")
+
+    def scalars():
+        found = []
+        for file in sorted((tmp_path / "tensorboard").iterdir()):
+            rest = file.read_bytes()
+            while rest:
+                (size,) = struct.unpack("<Q", rest[:8])
+                event = proto.Event.FromString(rest[12 : 12 + size])
+                found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+                rest = rest[16 + size :]
+        return found
+
+    written = [(1, "train", {"loss": 2.0}), (2, "train", {"loss": 1.5, "top1": 50.0}), (2, "test", {"loss": math.nan})]
+    writer = metrics.Writer(tmp_path, 0, 10, 5, 8)
+    for each in [*written, (3, "train", {"loss": 9.0})]:
+        writer.write(*each)
+    writer.close()
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    writer = metrics.Writer(tmp_path, 2, 10, 5, 8)
+    writer.write(3, "train", {"loss": 1.0})
+    writer.close()
+    *first, nan, last = scalars()
+    assert first == [(1, "train/loss", 2.0), (2, "train/loss", 1.5), (2, "train/top1", 50.0)]
+    assert nan[:2] == (2, "test/loss")
+    assert math.isnan(nan[2])
+    assert last == (3, "train/loss", 1.0)
 
 
 def test_evaluation_agrees_to_the_digit(tiny, finished, capsys):
@@ -1166,6 +1199,10 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
         ),
         SLOW("--config.lerning_rate=1", 'Did you mean "learning_rate"'),
         SLOW("--config.lam=much", "Error: --config.lam=much: "),
+        SLOW("--config.lambda=3", "Error: no such field of the config: lambda. Did you mean 'lam'?"),
+        SLOW("--config.num-epochs=3", "no such field of the config: num-epochs. Did you mean 'num_epochs'?"),
+        SLOW("--config.num_epochs=2.5", "Error: --config.num_epochs=2.5: '2.5' is no whole number"),
+        SLOW("--config=configs", "Is a directory: 'configs'; name a file of configs"),
         SLOW("--config.smoke=Foo", "Error: --config.smoke=Foo: not a boolean; write True or False"),
         SLOW("--lam=3", "Error: --lam is no flag; write --config.lam"),
         SLOW("--config.seed=1 --config=configs/digits.py", "--config was specified; put --config=FILE first"),

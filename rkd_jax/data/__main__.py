@@ -10,7 +10,7 @@ from rkd_jax.data import _prepared
 def main(argv: list[str] | None = None) -> None:
     """Downloads or takes the archive, prepares, decodes into the cache, and says what is there."""
     parser = argparse.ArgumentParser(prog="python -m rkd_jax.data", description=main.__doc__)
-    parser.add_argument("name", metavar="NAME", help=f"{', '.join(data.names())}, or tfds:NAME")
+    parser.add_argument("name", metavar="NAME", help=f"{', '.join(data.names())}, tfds:NAME, or folder:PATH")
     parser.add_argument("--data_dir", default="", help=_flags.DATA_DIR)
     parser.add_argument("--archive", default="", help="tiny_imagenet: an archive at hand, instead of a download")
     parser.add_argument("--cache", type=Path, help="copy the decoded set here: a data_dir that needs no TFDS")

@@ -64,8 +64,9 @@ def load(path: str, image_size: int | None = None) -> Splits:
         )
     if parts == [root]:
         why = f"{alike[0]}/ is a class, with no train/ beside it" if alike else "has no test/"
-        logging.warning("%s %s: every tenth image of each class is held out to test on", root, why)
-    files = [_listed(part, classes) for part in parts]
+    files = [_listed(part, classes, path) for part in parts]
+    if parts == [root]:
+        _warn_of_held_out(root, why)
     there = {label for _, label in files[0]}
     if parts != [held_out] and (empty := [name for label, name in enumerate(classes) if label not in there]):
         raise ValueError(
@@ -88,6 +89,13 @@ def load(path: str, image_size: int | None = None) -> Splits:
     images = train.images if len(train.images) else test.images
     splits = Splits(train, test, len(classes), *moments(images), tuple(classes))
     return _cache.keep(caches, "folder", "", fingerprint, splits, mode=0o700)  # not all may see a user's images
+
+
+@functools.cache
+def _warn_of_held_out(root: Path, why: str) -> None:
+    """Once, however often the set is read."""
+    mend = f" (to test on all of them: folder:{root.parent})" if root.name in HELD_OUT else ""
+    logging.warning("%s %s: every tenth image of each class is held out to test on%s", root, why, mend)
 
 
 def _caches(root: Path, image_size: int | None) -> list[Path]:
@@ -117,7 +125,7 @@ def _classes(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
-def _listed(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
+def _listed(folder: Path, classes: list[str], path: str) -> list[tuple[Path, int]]:
     """The image files of a folder and their classes, in the order of class and name."""
     there = _classes(folder)
     if unknown := sorted(set(there) - set(classes)):
@@ -140,7 +148,7 @@ def _listed(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
         logging.warning("%s: files of other suffixes than %s are passed over: %s", folder, ", ".join(SUFFIXES), what)
     if len(classes) < 2 or not found:
         raise ValueError(
-            f"config.dataset='folder:...': {folder} holds {len(found)} images in {len(classes)} sub-folders; "
+            f"config.dataset='folder:{path}': {folder} holds {len(found)} images in {len(classes)} sub-folders; "
             f"it takes two classes or more, one sub-folder each, of {', '.join(SUFFIXES)}; "
             "or both train/ and test/ that hold such sub-folders"
         )

@@ -339,8 +339,8 @@ def sweep(records: Sequence[Mapping[str, Any]], field: str) -> list[float]:
         values = {json.dumps(config.get(name)) for config in configs}
         if len(values) > 1:
             raise ValueError(
-                f"--runs: they differ in {name}, too ({', '.join(sorted(values))}); name runs that differ in {field} "
-                "and seed alone"
+                f"--runs: they differ in {name}, too ({', '.join(sorted(values))}); name runs that differ in "
+                f"{' and '.join(dict.fromkeys((field, 'seed')))} alone"
             )
     return [config[field] for config in configs]
 
@@ -461,7 +461,7 @@ def _title(records: Sequence[Mapping[str, Any]], what: str) -> str:
     networks = f"{' > '.join(pair)} by {config['method']}"
     counts = sorted({record["last"]["step"] for record in records})
     steps = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
-    steps = f"{steps} steps, {seeds} seed{'s'[: seeds > 1]}"
+    steps = f"{steps}\u00a0steps, {seeds}\u00a0seed{'s'[: seeds > 1]}"  # no line ends within
     return f"{config['dataset']}, {networks}, {steps}\n{what}"
 
 
@@ -564,11 +564,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     with _flags.one_sentence(args), matplotlib.rc_context(STYLE):
         name = output_name(args.output)  # before the work
         figure = FIGURES[args.figure](args)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
-            path = args.output.with_name(f"{name}.{suffix}")
-            figure.savefig(path, metadata=metadata)
-            print(path)
+        try:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            for suffix, metadata in (("png", {}), ("svg", {"Date": None})):
+                path = args.output.with_name(f"{name}.{suffix}")
+                figure.savefig(path, metadata=metadata)
+                print(path)
+        except OSError as error:
+            raise OSError(
+                f"--output={args.output} cannot be written ({error.strerror or error}); name another"
+            ) from error
 
 
 if __name__ == "__main__":
