@@ -78,8 +78,8 @@ def get_config() -> ConfigDict:
     # Steps from one log to the next, over which its metrics are means. None: on CPU 50, else the largest whole part of
     # an epoch of 20 to 1,000 steps (all of it, for CIFAR-100 in batches of 64), or 50.
     config.log_every = placeholder(int)
-    # Steps that the device does without the host. None: log_every, where epochs and tests are whole numbers of it, else
-    # (and where the set is streamed) 10; on CPU 1. Another number may round otherwise.
+    # Steps that the device does without the host. None: log_every, where epochs, tests and the run are whole numbers of
+    # it, else (and where the set is streamed) 10; on CPU 1. Another number may round otherwise.
     config.steps_per_call = placeholder(int)
     config.eval_epochs = 1.0  # epochs from one evaluation to the next, in whole steps
     config.eval_batch_size = 500

@@ -765,7 +765,8 @@ class Method(methods.Distiller):
 
     def loss(self, params, state, student, teacher, batch, context):
         label = losses.cross_entropy(student.logits, batch["label"]).mean()
-        return {"label": label, "distance": self.strength * ((student.logits - teacher.logits) ** 2).mean()}, state, {}
+        s, t = losses.promote(student.logits), losses.promote(teacher.logits)
+        return {"label": label, "distance": self.strength * ((s - t) ** 2).mean()}, state, {}
 '''
 
 
