@@ -253,6 +253,12 @@ def reference_crd(m, params, s, t):
     return found
 
 
+def reference_plus_kd(m, params, s, t):
+    own = {name: value for name, value in m.items() if name not in ("inner", "kd_weight", "kd_temperature")}
+    term = m["kd_weight"] * kd(s.logits, t.logits, m["kd_temperature"])
+    return REFERENCES[m["inner"]](own, params, s, t) | {"kd": term}
+
+
 def reference_norm(m, params, s, t, resume_student, resume_teacher):
     x, target = s.last_map, t.features[-1]
     expanded = batch_norm(dense(x, params["Dense_0"]), params["BatchNorm_0"])
@@ -340,6 +346,7 @@ REFERENCES = {
     "norm": reference_norm,
     "nst": reference_nst,
     "pkt": reference_pkt,
+    "plus_kd": reference_plus_kd,
     "reviewkd": reference_reviewkd,
     "rkd": reference_rkd,
     "sp": reference_sp,
@@ -355,6 +362,7 @@ CASES = [(name, {}, "teacher") for name in sorted(FEATURES)] + [
     ("cat_kd", {"map_resolution": 4, "normalize_maps": True}, "teacher"),
     ("cat_kd", {"map_resolution": 3}, "larger teacher"),
     ("vid", {"initial_variance": 0.5}, "teacher"),
+    ("plus_kd", {"inner": "vid", "kd_weight": 0.5, "kd_temperature": 3.0}, "longer teacher"),
     ("norm", {}, "smallest teacher"),
     ("norm", {"kd_weight": 2.0, "temperature": 3.0}, "teacher"),
     ("fcfd", {"teacher_in_training": False, "extra_paths": 3}, "activated student's teacher"),
@@ -803,13 +811,15 @@ def test_every_pair_of_the_paper(pair):
 def test_networks_without_maps_are_named(name):
     method = methods.create(name)
     read = {"cat_kd": "class_maps", "fcfd": "cuts", "ickd": "last_map", "norm": "last_map"}
-    read |= dict.fromkeys(("crd", "pkt", "rkd"), "embedding")
+    read |= dict.fromkeys(("crd", "pkt", "plus_kd", "rkd"), "embedding")
     field = read.get(name, "features")
     bare, message = Outputs(S.logits), f"reads the student's {field}, and config.student returns none"
-    with pytest.raises(ValueError, match=rf"^config\.method='{name}' {message}"):
+    named = "config.inner='crd'" if name == "plus_kd" else f"config.method='{name}'"
+    with pytest.raises(ValueError, match=f"^{re.escape(named)} {message}"):
         method.init(jax.random.key(0), shapes(bare), shapes(T), EXAMPLES)
-    with pytest.raises(ValueError, match=rf"^config\.inner='{name}' {message}"):
-        methods.create("dot", inner=name).init(jax.random.key(0), shapes(bare), shapes(T), EXAMPLES)
+    if name != "plus_kd":
+        with pytest.raises(ValueError, match=rf"^config\.inner='{name}' {message}"):
+            methods.create("dot", inner=name).init(jax.random.key(0), shapes(bare), shapes(T), EXAMPLES)
     field = {"norm": "features", "reviewkd": "preactivations"}.get(name, field)
     bare = T._replace(**{field: () if isinstance(getattr(T, field), tuple) else None})
     with pytest.raises(

@@ -32,7 +32,7 @@ NAMES = methods.names()
 # Methods that compare feature maps or embeddings: tests/test_feature_methods.py has their formulas. What holds for
 # functions of the logits is not asked of them.
 FEATURES = {
-    "at", "cat_kd", "crd", "fcfd", "fitnets", "ickd", "norm", "nst", "pkt", "reviewkd", "rkd", "sp", "vid",
+    "at", "cat_kd", "crd", "fcfd", "fitnets", "ickd", "norm", "nst", "pkt", "plus_kd", "reviewkd", "rkd", "sp", "vid",
 }  # fmt: skip
 # The student's logits at which the terms of distillation are least, where these are not the teacher's.
 MATCH = {"ttm": lambda method, t: method.power * t}
@@ -62,9 +62,12 @@ VARIANTS = [
     ("dot", {"inner": "ctkd"}),
     ("dot", {"inner": "reviewkd"}),
     ("dot", {"inner": "norm"}),
+    ("plus_kd", {"inner": "dkd"}),
+    ("plus_kd", {"inner": "crld", "kd_weight": 0.5, "kd_temperature": 3.0}),
+    ("plus_kd", {"inner": "at"}),
 ]
 CASES = [(name, {}) for name in NAMES] + VARIANTS
-OF_LOGITS = [(name, fields) for name, fields in CASES if not {name, fields.get("inner")} & FEATURES]
+OF_LOGITS = [(name, fields) for name, fields in CASES if fields.get("inner", name) not in FEATURES]
 
 
 # What a method within "dot" does is under test on its own, and one method's standardized logits show another's.
@@ -353,6 +356,13 @@ def reference_sortkd(m, s, t, y, epoch):
     return reference_kd(m, s, new, y, epoch)
 
 
+def reference_plus_kd(m, s, t, y, epoch):
+    """Of methods of all views, s and t are [V, B, C]."""
+    views = list(zip(s, t, strict=True)) if s.ndim == 3 else [(s, t)]
+    term = sum(kd_term(*view, m["kd_temperature"]) for view in views)
+    return REFERENCES[m["inner"]](m, s, t, y, epoch) | {"kd": m["kd_weight"] * term}
+
+
 def reference_nkd(m, s, t, y, epoch):
     target, others = [], []
     for s_row, t_row, label in zip(s, t, y, strict=True):
@@ -497,6 +507,7 @@ REFERENCES = {
     "lskd": lambda m, *arguments: reference_kd(m | {"standardize": True}, *arguments),
     "mlkd": reference_mlkd,
     "nkd": reference_nkd,
+    "plus_kd": reference_plus_kd,
     "ranking_alignment": reference_ranking_alignment,
     "rld": reference_rld,
     "sortkd": reference_sortkd,
@@ -632,6 +643,18 @@ def test_dot_deploys_and_wraps_the_optimizer_as_its_inner_method_does():
     grads = {"label": nothing, "distill": nothing}
     updates, _ = tx.update(nothing, tx.init(params), params, term_grads=grads)
     assert float(updates) == pytest.approx(-0.1 * 0.5 * 2)
+
+
+def test_what_stands_within_another_has_no_kd_term_and_no_method_within_of_its_own():
+    method = methods.resolve("plus_kd", {"kd_weight": 0.5}, "cifar100", "resnet56", "resnet20")
+    assert methods.hyperparameters(method).items() >= {"inner": "crd", "kd_weight": 0.5, "num_negatives": 16384}.items()
+    for name in ("norm", "ranking_alignment"):
+        with pytest.raises(ValueError, match=f"^config.inner='{name}' has a KD term of its own; set it as config.meth"):
+            methods.create("plus_kd", inner=name)
+    with pytest.raises(ValueError, match=r"^config.inner cannot be 'plus_kd', which has one of its own; .* 'kd'"):
+        methods.create("dot", inner="plus_kd")
+    with pytest.raises(ValueError, match=r"^config.inner has to be a method with a teacher; .* 'crd'"):
+        methods.create("plus_kd", inner="cross_entropy")
 
 
 def test_takds_chain():

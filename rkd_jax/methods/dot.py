@@ -9,7 +9,6 @@ does not reach, here as long as it has been exactly 0, have the optimizer's plai
 a method that compares maps, the student's classifier and what the method trains for itself.
 """
 
-import contextlib
 import dataclasses
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,56 +16,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rkd_jax.methods import base, kd, takd
+from rkd_jax.methods import _around, base, kd
 
 
 @dataclasses.dataclass(frozen=True)
-class Method(base.Distiller):
+class Method(_around.Around):
     inner: base.Distiller = dataclasses.field(default=kd.Method())  # the method whose two parts get a momentum each
     delta: float = base.non_negative(0.075)  # how far their momenta are from the optimizer's
 
     per_term_gradients: ClassVar[bool] = True
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.inner.needs_teacher:
-            raise ValueError("config.inner has to be a method with a teacher; unset, it is 'kd'")
-        if isinstance(self.inner, takd.Method):
-            raise ValueError("config.inner cannot be 'takd', whose chain of runs it would leave out; unset, it is 'kd'")
-        if self.inner.per_term_gradients:
-            raise ValueError("config.inner cannot be 'dot', nor any other with gradients per term; unset, it is 'kd'")
-
-    @property
-    def joint_views(self):
-        return self.inner.joint_views
-
-    @property
-    def resumes_teacher(self):
-        return self.inner.resumes_teacher
-
-    def init(self, *args):
-        with named_inner():
-            return self.inner.init(*args)
-
-    def loss(self, *args):
-        with named_inner():
-            return self.inner.loss(*args)
-
-    def deploy(self, *args):
-        with named_inner():
-            return self.inner.deploy(*args)
-
     def wrap_optimizer(self, tx):
-        return two_momenta(self.inner.wrap_optimizer(tx), self.delta)
-
-
-@contextlib.contextmanager
-def named_inner():
-    """The inner method's errors name the field that chose it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error).replace("config.method=", "config.inner=")) from error
+        return two_momenta(super().wrap_optimizer(tx), self.delta)
 
 
 class State(NamedTuple):
