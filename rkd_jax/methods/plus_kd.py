@@ -29,9 +29,5 @@ class Method(_around.Around):
 
     def loss(self, params, state, student, teacher, batch, context):
         terms, state, metrics = super().loss(params, state, student, teacher, batch, context)
-        kl = losses.kl(student.logits, teacher.logits, self.kd_temperature)
-        return (
-            terms | {"kd": self.kd_weight * kl.mean(axis=-1).sum()},
-            state,
-            metrics,
-        )  # over the views, if they are here
+        kl = losses.kl(student.logits, teacher.logits, self.kd_temperature)  # [B], or [V, B] of all views
+        return terms | {"kd": self.kd_weight * kl.mean(axis=-1).sum()}, state, metrics
