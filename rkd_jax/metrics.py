@@ -94,9 +94,10 @@ class Writer:
 
     def _draw(self, line: Mapping[str, Any]) -> None:
         """Adds a line of `metrics.jsonl` to the event files."""
+        kind = line.get("kind", "train")
         for name, value in line.items():
             if name not in ("step", "epoch", "kind"):
-                self._board.add_scalar(f"{line['kind']}/{name}", math.nan if value is None else value, line["step"])
+                self._board.add_scalar(f"{kind}/{name}", math.nan if value is None else value, line["step"])
 
     def say(self, line: str) -> None:
         """Prints a line above the progress bar."""

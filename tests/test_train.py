@@ -453,7 +453,7 @@ def test_best_that_no_checkpoint_tells_of_is_the_best(tiny, tmp_path, monkeypatc
 
 def test_a_tests_numbers_that_are_not_finite_are_null(tiny, tmp_path, monkeypatch):
     """Which JSON has not, so that other programs refuse a file that has them."""
-    monkeypatch.setattr(steps, "evaluate", lambda *_: {"top1": 50.0, "top5": 90.0, "loss": float("nan")})
+    monkeypatch.setattr(steps, "means", lambda _: {"top1": 50.0, "top5": 90.0, "loss": float("nan")})
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0, "loss": Infinity}\n')  # as an older version wrote it
     train.train_and_evaluate(tiny(num_steps=2), tmp_path / "run")

@@ -64,9 +64,8 @@ def load(path: str, image_size: int | None = None) -> Splits:
         )
     if parts == [root]:
         why = f"{alike[0]}/ is a class, with no train/ beside it" if alike else "has no test/"
-    files = [_listed(part, classes, path) for part in parts]
-    if parts == [root]:
         _warn_of_held_out(root, why)
+    files = [_listed(part, classes, path) for part in parts]
     there = {label for _, label in files[0]}
     if parts != [held_out] and (empty := [name for label, name in enumerate(classes) if label not in there]):
         raise ValueError(
