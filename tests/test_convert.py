@@ -223,7 +223,8 @@ def test_file_that_cannot_be_written_leaves_the_one_of_before(tmp_path, capsys, 
     assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
     def full(self, *args):
-        self.with_name(self.name).open("wb").write(before[:1000])
+        with self.open("wb") as file:
+            file.write(before[:1000])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(convert.torch_file, "save", lambda path, *args, **notes: full(path))
