@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 
+from rkd_jax import methods
 from rkd_jax.methods import base, takd
 
 
@@ -13,7 +14,7 @@ class Around(base.Distiller):
     def __post_init__(self):
         super().__post_init__()
         (default,) = (field.default for field in dataclasses.fields(self) if field.name == "inner")
-        unset = f"unset, it is {base_name(default)!r}"
+        unset = f"unset, it is {methods.called(default)!r}"
         if not self.inner.needs_teacher:
             raise ValueError(f"config.inner has to be a method with a teacher; {unset}")
         if isinstance(self.inner, takd.Method):
@@ -21,7 +22,8 @@ class Around(base.Distiller):
         if self.inner.per_term_gradients:
             raise ValueError(f"config.inner cannot be 'dot', nor any other with gradients per term; {unset}")
         if isinstance(self.inner, Around):
-            raise ValueError(f"config.inner cannot be {base_name(self.inner)!r}, which has one of its own; {unset}")
+            inner = methods.hyperparameters(self)["inner"]
+            raise ValueError(f"config.inner cannot be {inner!r}, which has one of its own; {unset}")
 
     @property
     def joint_views(self):
@@ -45,11 +47,6 @@ class Around(base.Distiller):
 
     def wrap_optimizer(self, tx):
         return self.inner.wrap_optimizer(tx)
-
-
-def base_name(method: base.Distiller) -> str:
-    """The name of a method of this package."""
-    return type(method).__module__.rpartition(".")[2]
 
 
 @contextlib.contextmanager

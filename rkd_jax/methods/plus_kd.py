@@ -9,7 +9,7 @@ own.
 
 import dataclasses
 
-from rkd_jax import losses
+from rkd_jax import losses, methods
 from rkd_jax.methods import _around, base, crd
 
 
@@ -23,7 +23,7 @@ class Method(_around.Around):
         super().__post_init__()
         if any(field.name == "kd_weight" for field in dataclasses.fields(self.inner)):
             raise ValueError(
-                f"config.inner={_around.base_name(self.inner)!r} has a KD term of its own; set it as config.method, "
+                f"config.inner={methods.called(self.inner)!r} has a KD term of its own; set it as config.method, "
                 "with config.kd_weight"
             )
 
