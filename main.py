@@ -1,4 +1,7 @@
-"""python main.py --config configs/cifar100_res32x4_res8x4.py --config.lam=5.0, or any field of configs/default.py."""
+"""Trains or tests a config, any field of which (configs/default.py) is a flag.
+
+python main.py --config configs/cifar100_res32x4_res8x4.py --config.lam=5.0
+"""
 
 import os
 import signal
@@ -17,10 +20,10 @@ EXPECTED = (ValueError, OSError, FloatingPointError, MemoryError)
 FLAGS = flags.FLAGS
 NAMED = _flags.names_config(sys.argv)
 CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/; without it, configs/digits.py.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Where the run is kept, and resumed from (runs/<config>[-smoke]).")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder, also to resume it; default: runs/<config>[-smoke].")
 MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or report the accuracy of what WORKDIR holds.")
-DISTRIBUTED = flags.DEFINE_string("distributed", None, '"auto" or HOST:PORT,INDEX,COUNT: one of several processes.')
-TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, print where in the code it arose too.")
+DISTRIBUTED = flags.DEFINE_string("distributed", None, 'Of several processes: "auto", or HOST:PORT,INDEX,COUNT.')
+TRACEBACK = flags.DEFINE_bool("traceback", False, "On an error, print the whole traceback.")
 
 
 def main(argv):

@@ -50,7 +50,7 @@ def main():
 
 def views(name, images):
     """A view of each image."""
-    make = jax.jit(lambda key, images: augment.view(name, key, images, padding=4, flip=True, rotation=0.0))
+    make = jax.jit(lambda key, images: augment.view(name, key, images))
     return np.concatenate([make(jax.random.key(i), images[i : i + CHUNK]) for i in range(0, len(images), CHUNK)])
 
 

@@ -25,9 +25,14 @@ def read_json(
 
 
 def write_json(path: Path, value: Any) -> None:
+    """`write_text` of JSON."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Writes a file under another name and moves it into place, so that no reader, nor a kill, sees half of it."""
     fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(json.dumps(value, indent=1) + "\n")
+    fresh.write_text(text)
     fresh.replace(path)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 
 HERE = Path(__file__).resolve().parent
-DATA_DIR = "TFDS's folder; default: $TFDS_DATA_DIR or ~/tensorflow_datasets"  # of --data_dir, its help
+DATA_DIR_HELP = "TFDS's folder; default: $TFDS_DATA_DIR or ~/tensorflow_datasets"
 STDLIB = Path(sysconfig.get_path("stdlib")).resolve()
 
 

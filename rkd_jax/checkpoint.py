@@ -26,9 +26,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from rkd_jax import _devices, _files, steps
+from rkd_jax import _devices, _files, _trees
 
-REQUIRED = {"network", "num_classes", "mean", "std"}  # of a network's metadata, for the reader needs them
+REQUIRED = {"network", "num_classes", "mean", "std"}  # of a network's metadata
 
 
 def fingerprint(variables: Any) -> str:
@@ -312,12 +312,12 @@ class Checkpoints:
 
         def by_name(tree: Any) -> Mapping[str, Any]:  # in the tree's order; Orbax tells of dicts alone
             leaves = jax.tree_util.tree_leaves_with_path(tree)
-            names = (jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves)
+            names = (_trees.name(path) for path, _ in leaves)
             return OrderedDict(zip(names, (leaf for _, leaf in leaves), strict=True))
 
         try:
             found = by_name(self._manager.item_metadata(step)["state"].tree)
-            different = steps.difference(found, by_name(template), form)
+            different = _trees.difference(found, by_name(template), form)
         except Exception:  # it is damaged, as reading it will tell
             return
         if different:

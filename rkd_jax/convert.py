@@ -5,9 +5,10 @@
 
 reads the files of RepDistiller, mdistiller and pytorch-cifar-models, in either format of torch.save, or safetensors,
 without PyTorch and without running code from the file. Files that it wrote itself name their network and how its images
-are normalised, and convert back without either. The keys follow from the modules' names (see `rkd_jax.models.layers`),
-so that a new family needs nothing here.
+are normalised: they need --checkpoint and --output alone.
 """
+
+# The keys follow from the modules' names (see `rkd_jax.models.layers`), so that a new family needs nothing here.
 
 import argparse
 import functools
@@ -383,12 +384,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", help=f"network: {', '.join(models.names())}")
     parser.add_argument("--num_classes", type=_flags.positive, help="default: as the file's classifier says")
     parser.add_argument(
-        "--dataset", choices=NORMALISATION, help="how training normalised; default: by file and classes"
+        "--dataset", choices=NORMALISATION, help="whose normalisation its training used; default: by file and classes"
     )
-    parser.add_argument("--mean", type=float, nargs="+", help="of 0..1, by channel, in place of --dataset's")
-    parser.add_argument("--std", type=float, nargs="+", help="of 0..1, by channel, in place of --dataset's")
+    parser.add_argument(
+        "--mean", type=float, nargs="+", help="of 0..1, a number for each channel, in place of --dataset's"
+    )
+    parser.add_argument("--std", type=float, nargs="+", help="likewise")
     parser.add_argument("--image_size", type=_flags.positive, help="in pixels; 64 with MobileNetV2: its 64x64 form")
-    parser.add_argument("--prefix", help="what precedes the keys, in a file of several networks: module.teacher.")
+    parser.add_argument("--prefix", help="of the keys, in a file of several networks: module.teacher.")
     args = parser.parse_args(argv)
     with _flags.one_sentence(args):
         _devices.start()

@@ -15,7 +15,7 @@ import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from rkd_jax import checkpoint, data, feed, methods, models, optim, steps
+from rkd_jax import _trees, checkpoint, data, feed, methods, models, optim, steps
 from rkd_jax.data import augment
 
 VIEWS = ("weak", "strong")
@@ -83,9 +83,10 @@ class Experiment(NamedTuple):
     def create_state(self, rng: jax.Array, student_variables: Any = None) -> steps.TrainState:
         """The state before the first step; `steps.run_once` makes it, of `student_variables` where there are any."""
         images, labels = self.splits.train
-        networks = self.student, self.teacher, self.teacher_variables
-        facts = images.shape[1:], len(labels)
-        return steps.create_state(rng, *networks, self.method, self.tx, *facts, student_variables)
+        return steps.create_state(
+            rng, self.student, self.teacher, self.teacher_variables, self.method, self.tx,
+            image_shape=images.shape[1:], num_examples=len(labels), student_variables=student_variables,
+        )  # fmt: skip
 
 
 class Fields:
@@ -177,31 +178,15 @@ def build(config: ConfigDict) -> Experiment:
     batch_size = fields.at_least("batch_size", 1)
 
     splits = load_splits(fields)
-    if not (num_train := len(splits.train.labels)):
-        raise ValueError(f"config.dataset={fields.dataset!r} has images to test on alone; add train/")
-    height, width = splits.train.images.shape[1:3]
-    if height != width:
-        raise ValueError(
-            f"config.dataset={fields.dataset!r} has images of {height} x {width} pixels, and networks are trained on "
-            f"square ones; set config.image_size={min(height, width)}, say, to which they are resized"
-        )
-    if batch_size > num_train:
-        raise ValueError(
-            f"config.batch_size={batch_size} exceeds the {num_train} training examples of {fields.dataset}; lower it"
-            + (" or raise config.num_train" if fields.num_train else "")
-        )
-    steps_per_epoch = num_train // batch_size
-    num_steps = fields.at_least("num_epochs", 1, MOST_STEPS // steps_per_epoch) * steps_per_epoch
-    if fields.num_steps is not None:
-        num_steps = fields.at_least("num_steps", 1, MOST_STEPS)
+    steps_per_epoch, num_steps = _lengths(fields, splits.train, batch_size)
     batch = jax.ShapeDtypeStruct((batch_size, *splits.train.images.shape[1:]), jnp.uint8)
     for name in {*views} - {*VIEWS}:  # those of the user's own are tried
         jax.eval_shape(functools.partial(augment.view, name), jax.random.key(0), batch)
 
     student = models.create(fields.student, splits.num_classes, dtype, splits.train.images.shape[1], "config.student")
-    student_variables, begun = None, {}
+    student_variables, student_fingerprint = None, ""
     if fields.student_checkpoint:
-        student_variables, begun = _beginning(fields, student, splits)
+        student_variables, student_fingerprint = _beginning(fields, student, splits)
     teacher, teacher_variables, metadata = _teacher(fields, splits, method, dtype)
     unused = _unused(fields)
     fields.fill(unused)  # which are None in a run's config.json
@@ -229,8 +214,8 @@ def build(config: ConfigDict) -> Experiment:
         "teacher_normalization": f"mean {metadata['mean']}, std {metadata['std']}" if teacher else "",
         "data_fingerprint": data_fingerprint(splits),
     }
-    if begun:
-        prints["student_fingerprint"] = begun.get("fingerprint", "")
+    if student_fingerprint:
+        prints["student_fingerprint"] = student_fingerprint
     fields.pass_over(FINGERPRINTS)
     fields.check_all_read()
     if not fields.smoke:
@@ -248,6 +233,28 @@ def build(config: ConfigDict) -> Experiment:
             "optax.GradientTransformation"
         )
     return Experiment(resolved, splits, *networks, method, recipe, loop, schedule, wrapped)
+
+
+def _lengths(fields: Fields, split: data.Split, batch_size: int) -> tuple[int, int]:
+    """The steps of an epoch, and of the run; ValueError where its images or their number do not suit."""
+    if not (num_train := len(split.labels)):
+        raise ValueError(f"config.dataset={fields.dataset!r} has images to test on alone; add train/")
+    height, width = split.images.shape[1:3]
+    if height != width:
+        raise ValueError(
+            f"config.dataset={fields.dataset!r} has images of {height} x {width} pixels, and networks are trained on "
+            f"square ones; set config.image_size={min(height, width)}, say, to which they are resized"
+        )
+    if batch_size > num_train:
+        raise ValueError(
+            f"config.batch_size={batch_size} exceeds the {num_train} training examples of {fields.dataset}; lower it"
+            + (" or raise config.num_train" if fields.num_train else "")
+        )
+    steps_per_epoch = num_train // batch_size
+    num_steps = fields.at_least("num_epochs", 1, MOST_STEPS // steps_per_epoch) * steps_per_epoch
+    if fields.num_steps is not None:
+        num_steps = fields.at_least("num_steps", 1, MOST_STEPS)
+    return steps_per_epoch, num_steps
 
 
 def _loop(fields: Fields, split: data.Split, steps_per_epoch: int, num_steps: int) -> Loop:
@@ -525,8 +532,8 @@ def check_channels(metadata: Mapping[str, Any], channels: int, network: str, oth
         )
 
 
-def _beginning(fields: Fields, student: nn.Module, splits: data.Splits) -> tuple[Any, dict[str, Any]]:
-    """The variables of the folder that config.student_checkpoint names, in the student's own tree; and its metadata.
+def _beginning(fields: Fields, student: nn.Module, splits: data.Splits) -> tuple[Any, str]:
+    """The variables of the folder that config.student_checkpoint names, in the student's own tree; its fingerprint.
 
     None in place of an array whose shape follows the number of classes, where the folder's are others.
     """
@@ -544,7 +551,7 @@ def _beginning(fields: Fields, student: nn.Module, splits: data.Splits) -> tuple
                 f"config.student_checkpoint={fields.student_checkpoint!r} was trained on {difference}: no array of "
                 f"config.student={fields.student!r} follows the number of classes, to be made anew for these"
             )
-    return jax.tree_util.tree_map_with_path(lambda path, _: kept.get(path), expected), metadata
+    return jax.tree_util.tree_map_with_path(lambda path, _: kept.get(path), expected), metadata["fingerprint"]
 
 
 def _shapes(network: nn.Module, image_shape: tuple[int, ...]) -> Any:
@@ -566,7 +573,7 @@ def untrained(network: nn.Module, image_shape: tuple[int, ...]) -> Any:
 
 def check_variables(network: nn.Module, variables: Any, image_shape: tuple[int, ...], field: str) -> None:
     """ValueError, naming the first difference, where the arrays are not those that the network has for such images."""
-    if different := steps.difference(variables, _shapes(network, image_shape), np.shape):
+    if different := _trees.difference(variables, _shapes(network, image_shape), np.shape):
         name, have, want = different
         raise ValueError(
             f"{field} does not fit the network on images of {image_shape}: {name} is {have} in the checkpoint and "

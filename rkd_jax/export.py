@@ -169,14 +169,14 @@ class Format(NamedTuple):
 
     write: Callable[[Export, Path], Predict]
     file: str
-    packages: Mapping[str, str] = {}  # the modules that it needs, by the names to install them by
+    packages: tuple[str, ...] = ()  # that it needs: the names to import and to install them by
 
 
 FORMATS = {
-    "jax": Format(to_jax, "network.jaxexport", {"flatbuffers": "flatbuffers"}),
+    "jax": Format(to_jax, "network.jaxexport", ("flatbuffers",)),
     "torch": Format(to_torch, "network.pth"),
-    "tflite": Format(to_tflite, "network.tflite", {"tensorflow": "tensorflow"}),
-    "onnx": Format(to_onnx, "network.onnx", {"jax2onnx": "jax2onnx", "onnxruntime": "onnxruntime"}),
+    "tflite": Format(to_tflite, "network.tflite", ("tensorflow",)),
+    "onnx": Format(to_onnx, "network.onnx", ("jax2onnx", "onnxruntime")),
 }
 
 
@@ -184,7 +184,7 @@ def _import(kind: str) -> list[Any]:
     """The modules that a format needs; ImportError that says what to install."""
     packages = FORMATS[kind].packages
     try:
-        return [importlib.import_module(module) for module in packages.values()]
+        return [importlib.import_module(name) for name in packages]
     except ImportError as error:
         names = " ".join(packages)
         raise ImportError(f"--formats {kind} needs {names}: pip install {names} ({error})") from error
@@ -330,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", choices=DTYPES, default="uint8", help="normalised in the graph, or before it")
     parser.add_argument("--image_size", type=_flags.positive, help="side in pixels; default: as in training")
     parser.add_argument("--dataset", default="", help="compare on its test images, too")
-    parser.add_argument("--data_dir", default="", help=_flags.DATA_DIR)
+    parser.add_argument("--data_dir", default="", help=_flags.DATA_DIR_HELP)
     args = parser.parse_args(argv)
     with _flags.one_sentence(args):
         cpu = jax.default_device(_devices.start("cpu"))

@@ -40,10 +40,8 @@ class Writer:
         self._label = f"{label} | " if label else ""
         self._path = path = Path(workdir) / "metrics.jsonl"
         kept = [line for line in _files.read_lines(path) if line["step"] <= step]
-        fresh = path.with_suffix(".new")
         with _files.writing(path):
-            fresh.write_text("".join(json.dumps(_files.plain(line)) + "\n" for line in kept))
-            fresh.replace(path)
+            _files.write_text(path, "".join(json.dumps(_files.plain(line)) + "\n" for line in kept))
             self._file = path.open("a")
         try:
             with _without_torch():

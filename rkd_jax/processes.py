@@ -104,7 +104,7 @@ def agree_arrays(tree: Any) -> Any:
 
 
 def meet() -> None:
-    """Waits until all processes are here: the first time that they meet, they wait half a minute for each other."""
+    """Waits until all processes are here; the first time, no longer than half a minute: so meet before long work."""
     agree(None)
 
 

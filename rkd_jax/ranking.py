@@ -115,11 +115,8 @@ def _middle(start, size):
 def _rank(values, eps):
     """Descending soft ranks, and each entry's block: [..., n], [1, ..., 1] -> three times [..., n]."""
     rank, start, size = _by_platform(_rank_by_loops, _rank_by_hull, values, eps)
-    return (
-        rank,
-        start.astype(rank.dtype),
-        size.astype(rank.dtype),
-    )  # integers would have tangents that cannot be sharded
+    # As floats, for integers would have tangents that cannot be sharded.
+    return rank, start.astype(rank.dtype), size.astype(rank.dtype)
 
 
 @_rank.defjvp

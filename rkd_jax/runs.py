@@ -88,8 +88,8 @@ def chain(config: ConfigDict) -> list[ConfigDict]:
 def sweep(config: ConfigDict, workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Trains the students that config.sweep names in one program, each in a folder of WORKDIR named after its values.
 
-    Prints a table, writes it to WORKDIR/sweep.json, and returns the summaries; see `train.train_together`. One that
-    diverges does not stop the others, and is an error in the end.
+    Prints a table, writes it to WORKDIR/sweep.json, and returns its rows: each student's name as "sweep", with its
+    summary; see `train.train_together`. One that diverges does not stop the others, and is an error in the end.
     """
     if config.compare:
         raise ValueError("config.sweep and config.compare are two experiments; set config.compare=False, or no sweep")

@@ -19,7 +19,7 @@ from flax import linen as nn
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from rkd_jax import _devices, losses, methods, models, optim
+from rkd_jax import _devices, _trees, losses, methods, models, optim
 from rkd_jax.data import augment
 from rkd_jax.methods import Context, Distiller
 
@@ -212,6 +212,11 @@ def _stack(outputs: Sequence[models.Outputs]) -> models.Outputs:
     return jax.tree.map(lambda *x: jnp.stack(x), *outputs)
 
 
+def _unstack(tree: Any, num_views: int) -> list[Any]:
+    """A tree whose arrays have a leading view axis -> one tree per view."""
+    return [jax.tree.map(lambda x, i=i: x[i], tree) for i in range(num_views)]
+
+
 def make_train_step(
     learners: Sequence[Learner], teacher: nn.Module | None, recipe: Recipe, mesh: Mesh
 ) -> Callable[..., tuple[tuple[TrainState, ...], tuple[dict[str, jax.Array], ...]]]:
@@ -249,7 +254,7 @@ def make_train_step(
             normalized = augment.normalize(together, *recipe.teacher_normalization)
             outputs = jax.lax.stop_gradient(teacher.apply(inputs.teacher, normalized, train=False))
             outputs = jax.tree.map(lambda x: x.reshape(*apart, *x.shape[1:]).swapaxes(0, view_axis), outputs)
-            teachers = [jax.tree.map(lambda x, i=i: x[i], outputs) for i in range(num_views)]
+            teachers = _unstack(outputs, num_views)
         views = [augment.normalize(view, *recipe.student_normalization) for view in views]
         batch = {"label": labels, "index": index}
         pairs = [
@@ -353,7 +358,7 @@ def _initialised(method: Distiller, found: Any) -> tuple[Any, Any]:
         raise ValueError(f"{returned} {what}; return two: what it trains, and the state that it carries, {{}} for none")
     for path, leaf in jax.tree_util.tree_leaves_with_path(found[0]):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = _trees.name(path)
             raise ValueError(
                 f"{returned} the parameter {name} of dtype {jnp.result_type(leaf)}, which cannot be trained; make it a "
                 "float, or return it in the state"
@@ -361,23 +366,9 @@ def _initialised(method: Distiller, found: Any) -> tuple[Any, Any]:
     return found[0], found[1]
 
 
-def difference(found: Any, expected: Any, form: Callable[[Any], Any]) -> tuple[str, Any, Any] | None:
-    """The first leaf, by name, at which `form` differs: (name, `form` in found, in expected); None where they agree.
-
-    A name is "params/conv1/kernel"; a leaf that one tree lacks has the form "nothing" there.
-    """
-    ours, theirs = (
-        {path: form(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (found, expected)
-    )
-    for path in {**theirs, **ours}:
-        if (pair := tuple(side.get(path, "nothing") for side in (ours, theirs)))[0] != pair[1]:
-            return jax.tree_util.keystr(path, simple=True, separator="/"), *pair
-    return None
-
-
 def _check_like(found: Any, expected: Any, what: str) -> None:
     """ValueError where a tree that a method returned has not the names, shapes and dtypes of another."""
-    if different := difference(found, expected, lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}"):
+    if different := _trees.difference(found, expected, lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}"):
         name, have, want = different
         raise ValueError(
             f"{what} with {name or 'the whole'} as {have} in place of {want}; return the same names, shapes and dtypes"
@@ -413,8 +404,7 @@ def _student_outputs(
     outputs, rngs = [], [jax.random.fold_in(rng, i) for i in range(len(views))]
     if learner.views_in_one_batch and len(views) > 1:
         stacked, after = jax.vmap(functools.partial(forward, batch_stats))(jnp.stack(views), jnp.stack(rngs))
-        outputs = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(len(views))]
-        return outputs, models.in_turn(batch_stats, after)
+        return _unstack(stacked, len(views)), models.in_turn(batch_stats, after)
     for view, key in zip(views, rngs, strict=True):
         out, batch_stats = forward(batch_stats, view, key)
         outputs.append(out)
@@ -438,8 +428,8 @@ def _over_views(
     parts = []
     if learner.views_in_one_batch and num_views > 1 and not jax.tree.leaves(method_state):
         of_view = functools.partial(terms_of, method_state)
-        together = jax.vmap(of_view)(_stack(students), _stack(teachers), jnp.arange(num_views))
-        parts = [jax.tree.map(lambda x, i=i: x[i], (together[0], together[2])) for i in range(num_views)]
+        terms, _, metrics = jax.vmap(of_view)(_stack(students), _stack(teachers), jnp.arange(num_views))
+        parts = _unstack((terms, metrics), num_views)
     else:
         for i, (student, target) in enumerate(zip(students, teachers, strict=True)):
             terms, method_state, metrics = terms_of(method_state, student, target, i)
@@ -506,7 +496,7 @@ def _update(
         grads = pullback((one, one))[0]
     with optim.used():
         updates, opt_state = learner.tx.update(grads, state.opt_state, state.params, **extra)
-        if different := difference(updates, state.params, np.shape):
+        if different := _trees.difference(updates, state.params, np.shape):
             name, found, expected = different
             raise ValueError(f"its update of {name} has the shape {found}, where the parameter has {expected}")
     metrics = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)

@@ -102,7 +102,7 @@ def train_together(members: Sequence[tuple[ConfigDict, str | os.PathLike]]) -> l
             with _devices.memory(_smaller(group)):
                 _train(group, step, mesh)
             left = [student for student in left if student not in group]
-    processes.agree(None)  # what process 0 wrote is there now, for all: a chain's next run reads it
+    processes.meet()  # what process 0 wrote is there now, for all: a chain's next run reads it
     for i, student in zip(open_ones, students, strict=True):
         summaries[i] = student.summary or None
     if failed := [student for student in students if student.bad_step is not None]:

@@ -856,9 +856,12 @@ def test_every_method_says_what_it_is():
         assert all(listing.comments(methods.load(name)).values()), f"{name} has a field without a comment"
 
 
-def test_the_command_lists_every_method():
+def test_the_command_lists_every_method_and_describes_those_it_is_given():
     command = [sys.executable, "-m", "rkd_jax.methods"]
     text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=dict(os.environ)).stdout
+    assert re.findall(r"^(\w+)  ", text, re.MULTILINE) == list(NAMES)
+    assert all(listing.page(name)[0] in " ".join(text.split()) for name in NAMES)
+    text = subprocess.run([*command, *NAMES], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.findall(r"^\w+$", text, re.MULTILINE) == list(NAMES)
     assert "config.temperature = 4.0: T" in text
     assert "vgg13>mobilenetv2: beta = 6.0" in text

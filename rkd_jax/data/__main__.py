@@ -11,13 +11,13 @@ def main(argv: list[str] | None = None) -> None:
     """Downloads or takes the archive, prepares, decodes into the cache, and says what is there."""
     parser = argparse.ArgumentParser(prog="python -m rkd_jax.data", description=main.__doc__)
     parser.add_argument("name", metavar="NAME", help=f"{', '.join(data.names())}, tfds:NAME, or folder:PATH")
-    parser.add_argument("--data_dir", default="", help=_flags.DATA_DIR)
+    parser.add_argument("--data_dir", default="", help=_flags.DATA_DIR_HELP)
     parser.add_argument("--archive", default="", help="tiny_imagenet: an archive at hand, instead of a download")
     parser.add_argument("--cache", type=Path, help="copy the decoded set here: a data_dir that needs no TFDS")
     arguments = parser.parse_args(argv)
     with _flags.one_sentence(arguments, dataset="NAME"):
         root = _prepared.folder(arguments.data_dir)
-        if arguments.archive and not _prepared.own_builder(arguments.name):
+        if arguments.archive and not _prepared.builder_module(arguments.name):
             raise ValueError(f"--archive is for tiny_imagenet; {arguments.name} has no use for it")
         if arguments.archive and not Path(arguments.archive).expanduser().is_file():
             raise FileNotFoundError(f"--archive={arguments.archive} is no file")

@@ -212,7 +212,7 @@ def resize(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
 # Preparing.
 
 
-def own_builder(name: str) -> str:
+def builder_module(name: str) -> str:
     """The module of a builder of ours; "" for a set of TFDS's own."""
     module = f"rkd_jax.data._{name}_builder"
     return module if name.isidentifier() and importlib.util.find_spec(module) else ""
@@ -225,7 +225,7 @@ def prepare(name: str, root: Path, version: str = "", archive: str = "") -> Path
     FileNotFoundError, within seconds, that says which file to put where if there is neither a file nor a network;
     ModuleNotFoundError if a package is lacking; ValueError if a file is damaged or the name unknown.
     """
-    if ours := own_builder(name):
+    if ours := builder_module(name):
         with _tensorflow_free(f"preparing {name}"):  # ours store files as they are, which takes no TensorFlow
             builder_class = getattr(importlib.import_module(ours), name.title().replace("_", ""))
             builder = builder_class(data_dir=root, file_format="array_record")

@@ -205,9 +205,9 @@ def cutout(images: jax.Array, side: jax.Array, row: jax.Array, column: jax.Array
 
     square = covered(row, height)[:, :, None, None] & covered(column, width)[:, None, :, None]
     fill = jnp.array(CUTOUT_FILL, jnp.uint8)
-    return jnp.where(
-        square, fill if channels == 3 else to_grey(fill[None, :, None, None])[0, 0, 0].astype(jnp.uint8), images
-    )
+    if channels == 1:
+        fill = to_grey(fill[None, :, None, None])[0, 0, 0].astype(jnp.uint8)
+    return jnp.where(square, fill, images)
 
 
 # Geometry: where a pixel of the output comes from. A map of pixels takes and returns their rows and columns, int32, and

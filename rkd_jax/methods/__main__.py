@@ -1,4 +1,4 @@
-"""Lists the methods, or some by name: `python -m rkd_jax.methods`; `--markdown` makes the table of docs/methods.md."""
+"""Lists the methods: `python -m rkd_jax.methods`; and describes them by name. `--markdown`: docs/methods.md's table."""
 
 import argparse
 import dataclasses
@@ -33,6 +33,11 @@ def defaults(method: type[methods.Distiller]) -> dict[str, object]:
     return {field.name: values[field.name] for field in dataclasses.fields(method)}
 
 
+def as_line(name: str) -> str:
+    """A method and its paper."""
+    return textwrap.fill(f"{name:19}{page(name)[0]}", 110, subsequent_indent=" " * 19, break_on_hyphens=False)
+
+
 def as_text(name: str) -> str:
     """A method for the terminal."""
     method = methods.load(name)
@@ -63,17 +68,17 @@ def _settings(values) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m rkd_jax.methods", description="Lists the distillation methods.")
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help='methods to list, also "my_module:Method"; all of them if none is given',
-    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help='methods to describe, also "my_module:Method"')
     parser.add_argument("--markdown", action="store_true", help="the table of docs/methods.md")
     options = parser.parse_args(arguments)
     with _flags.one_sentence(options, method="NAME"):
-        rows = [(as_row if options.markdown else as_text)(name) for name in options.names or methods.names()]
-        print("\n".join([HEADER, *rows]) if options.markdown else "\n\n".join(rows), flush=True)
+        if options.markdown:
+            rows = [HEADER, *map(as_row, options.names or methods.names())]
+        elif options.names:
+            rows = ["\n\n".join(map(as_text, options.names))]
+        else:
+            rows = [*map(as_line, methods.names()), "\npython -m rkd_jax.methods NAME: its formula, fields and notes"]
+        print("\n".join(rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -45,12 +45,12 @@ class Method(base.Distiller):
     weighted_by: ClassVar = {"temperature": "kd_weight"}
 
     def init(self, rng, student, teacher, num_examples):
-        s, t = self._maps(student, teacher)
+        s, t = self._sides(student, teacher)
         variables = self._transform(t).lazy_init(rng, s, False)
         return variables["params"], variables["batch_stats"]
 
     def loss(self, params, state, student, teacher, batch, context):
-        s, t = self._maps(student, teacher)
+        s, t = self._sides(student, teacher)
         variables = {"params": params, "batch_stats": state}
         (expanded, x), updated = self._transform(t).apply(variables, losses.promote(s), True, mutable=["batch_stats"])
         expanded, target = shrink(expanded, t), shrink(losses.promote(t), s)[..., None, :]
@@ -92,7 +92,7 @@ class Method(base.Distiller):
         centred = losses.promote(logits) - losses.promote(logits).mean(axis=-1, keepdims=True)
         return self.logit_scale * centred / jnp.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-7)
 
-    def _maps(self, student, teacher):
+    def _sides(self, student, teacher):
         s, t = _maps.both("norm", student, teacher, "last_map", "features")
         if any(max(sides) % min(sides) for sides in zip(s.shape[1:3], t[-1].shape[1:3], strict=True)):
             raise ValueError(

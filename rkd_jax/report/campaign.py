@@ -29,7 +29,7 @@ from rkd_jax.report import cells, pack, paper, run
 
 PAIR = "cifar100_res32x4_res8x4"
 # Of DIR; of work, a part is: `Campaign.files`.
-NOT_PACKED = ("state", ".state.new", ".state.old", "packed", ".packed.new", "work", "data", "cache")
+NOT_PACKED = ("state", ".state.new", ".state.old", "packed", "packed.new", "work", "data", "cache")
 
 
 class Scale(NamedTuple):
@@ -390,9 +390,8 @@ class Campaign:
 
     def _note_packed(self, state: str) -> None:
         """Notes that DIR/state is, or is about to be, this one, which is that of the rest of DIR."""
-        fresh = self.out / ".packed.new"
-        fresh.write_text("\n".join([*_lines(self.out / "packed")[-1:], state]) + "\n")
-        fresh.replace(self.out / "packed")
+        noted = self.out / "packed"
+        _files.write_text(noted, "\n".join([*_lines(noted)[-1:], state]) + "\n")
 
     def next(self) -> str:
         """What is done, what failed or was skipped, and what is next, with the time that it will take."""

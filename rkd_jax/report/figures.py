@@ -531,7 +531,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             command.add_argument("--runs", nargs="+", required=True, metavar=metavar, help=what)
             continue
         command.add_argument("--dataset", default="", help="default: what the networks were trained on")
-        command.add_argument("--data_dir", default="", help=_flags.DATA_DIR)
+        command.add_argument("--data_dir", default="", help=_flags.DATA_DIR_HELP)
         if name == "tsne":
             command.add_argument("--networks", nargs="+", required=True, metavar="NAME=FOLDER")
             command.add_argument("--classes", type=int, nargs="+", help="numbers; default: the first ten")

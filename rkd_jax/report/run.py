@@ -45,10 +45,10 @@ class Run(NamedTuple):
 
 
 def plan(chosen: Iterable[cells.Cell], scale: str, workdir: Path, *teachers: Path, **fields: Any) -> list[Run]:
-    """The runs of some cells, the teachers' first; cells with the same config share one. `teachers`: folders that may
-    hold some; `fields`: of every run's config, such as dtype.
+    """The runs of some cells, the teachers' first; `teachers`: folders that may hold some; `fields`: of every run's
+    config, such as dtype.
 
-    That happens where pairs have one teacher, or one student alone, in common, and everywhere in a toy.
+    Cells with the same config share a run: pairs with one teacher, or one student alone, in common, and many in a toy.
     """
     found: dict[str, Run] = {}
 
