@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     config.teacher_checkpoint = ""  # a folder from `python -m rkd_jax.convert`, or another run's WORKDIR/best
     # Such a folder, with whose weights the student begins; its last layer is new for other classes. "": random.
     config.student_checkpoint = ""
-    # Fold the teacher's batch norms into its convolutions: the same, to rounding. None: on GPU and TPU, but for fcfd.
+    # Fold the teacher's batch norms into its convolutions, equal up to rounding. None: on GPU, TPU, except for fcfd.
     config.fold_teacher = placeholder(bool)
 
     # Method: a file of rkd_jax/methods/, or "my_module:Class".

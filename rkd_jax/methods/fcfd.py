@@ -10,10 +10,10 @@ after the ReLU are compared as well. Connectors are trained beside the student: 
 transposed 4x4 one, where the sides differ), batch normalisation and, into a network whose stages hand on what comes
 after their ReLU, a leaky ReLU. Their convolutions have no bias, which the batch normalisation would take away.
 Batch normalisation on a path goes by the path's own batch. So it does, as released, where the teacher makes F_t and t,
-but in its stem; `teacher_in_training` off has its running averages there.
+except in its stem; with `teacher_in_training` off, the running averages are used there.
 
 The authors' values for resnet56 > resnet20, vgg13 > vgg8, wrn_40_2 > wrn_16_2 and resnet32x4 > ShuffleV2 are here. The
-others of Tables 1 and 2 have vgg13 > vgg8's, which may not be theirs: the files with them are not to be had. Theirs is
+others of Tables 1 and 2 have vgg13 > vgg8's, which may not be theirs: their files are not available. Theirs is
 SGD with Nesterov's momentum, here config.nesterov, and passes over the connectors of paths that were not drawn, which
 here have a gradient of 0: weight decay and momentum go on.
 """

@@ -5,7 +5,7 @@ softmax(Z(s) / T)); E = b(W F_s) in `segments` parts, each of which is to be F_t
 F_s + b(V E), Z(x) = logit_scale * (x - mean x) / std x
 
 F_s is the map that the student's global average reads, F_t the teacher's last stage's, W and V are 1x1 convolutions, b
-is batch normalisation. Of two sides, the larger map is brought to the smaller by its maxima, where it is a multiple. w
+is batch normalisation. The larger of two maps is max-pooled to the side of the smaller, which has to divide its own. w
 is 0.1 for 10 epochs, 0.5 to the 20th, 1 to the 180th, 0.5 to the 210th, and 0.1 after that, of `schedule_epochs` =
 240. W, V and b are linear once the statistics are fixed, and merge into the classifier: the network that is tested and
 saved is the plain one.
