@@ -1,7 +1,4 @@
-"""Trains or tests a config, any field of which (configs/default.py) is a flag.
-
-python main.py --config configs/cifar100_res32x4_res8x4.py --config.lam=5.0
-"""
+"""Trains or tests a config, whose fields are flags: --config configs/cifar100_res32x4_res8x4.py --config.lam=5.0"""
 
 import os
 import signal
@@ -47,6 +44,7 @@ def main(argv):
             evaluate.run(CONFIG.value, workdir, None if NAMED else given, given)
     except Exception as error:
         _flags.end_if_unread(error)
+        processes.end_if_lost(error)
         foreseen, place = isinstance(error, EXPECTED), _flags.own_code(error)
         if TRACEBACK.value or not (foreseen or place):
             raise

@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
     config.num_epochs = 300
     config.num_steps = placeholder(int)  # stop after this many steps, whatever num_epochs says
     config.learning_rate = 0.025
-    config.schedule = "step"  # of the rate: "step", or "cosine", which falls to 0 at the end
+    config.schedule = "step"  # of the rate: "step", "cosine", which falls to 0 at the end, or "my_module:factory"
     config.decay_epochs = (150, 180, 210)  # "step": after each of these, the rate falls
     config.decay_factor = 0.1  # to this fraction
     config.lr_warmup_epochs = 0.0  # through these, the rate first rises

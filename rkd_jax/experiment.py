@@ -28,7 +28,6 @@ UNSET = {
     "stream": bool, "steps_per_call": int, "log_every": int,
 }  # fmt: skip
 LOG_EVERY = 50  # steps, on a CPU
-STEP_OPTIONS = ("decay_epochs", "decay_factor")  # what the schedule "step" takes
 VIEW_OPTIONS = ("crop_padding", "flip", "rotation")  # what the views of this package take
 # Values that do nothing, of the fields that an optimizer, a schedule or the views may not take.
 OFF = {
@@ -351,8 +350,7 @@ def _optimization(
 def _unused(fields: Fields) -> dict[str, Any]:
     """The fields that the optimizer, the schedule and the views do not take, with the values that do nothing."""
     used = {*optim.taken(fields.optimizer)}
-    if fields.one_of("schedule", optim.SCHEDULES) == "step":
-        used.update(STEP_OPTIONS)
+    used.update(optim.schedule_takes(fields.schedule))
     if set(VIEWS) & set(_views(fields)):
         used.update(VIEW_OPTIONS)
     return {field: value for field, value in OFF.items() if field not in used}
@@ -375,7 +373,7 @@ def check_used(configs: Sequence[ConfigDict], given: Iterable[str]) -> None:
 def _idle(config: ConfigDict) -> dict[str, str]:
     """The fields that do nothing in a config, each with the field that makes it so."""
     fields = Fields(config.to_dict())
-    owners = dict.fromkeys(STEP_OPTIONS, "schedule") | dict.fromkeys(VIEW_OPTIONS, "views")
+    owners = dict.fromkeys(optim.DECAY, "schedule") | dict.fromkeys(VIEW_OPTIONS, "views")
     idle = {field: owners.get(field, "optimizer") for field in _unused(fields)}
     if fields.optimizer == "sgd" and not fields.momentum:
         idle["nesterov"] = "momentum"

@@ -1,15 +1,16 @@
-"""The schedule and the optimizer: the paper's SGD at a rate that falls in steps, a cosine, any optimizer of optax."""
+"""The schedule and the optimizer: the paper's SGD at a rate that falls in steps, a cosine, optax's, the user's own."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from rkd_jax import _own
 
-SCHEDULES = ("step", "cosine")
 OPTIONS = ("momentum", "nesterov", "weight_decay")  # config fields that an optimizer may take
+DECAY = ("decay_epochs", "decay_factor")  # and that a schedule may
 
 
 def create_schedule(
@@ -26,21 +27,60 @@ def create_schedule(
 
     "step": `learning_rate`, times `decay_factor` after each of `decay_epochs` (150: from epoch 151 on).
     "cosine": learning_rate (1 + cos(pi step / num_steps)) / 2 (Loshchilov and Hutter 2017, arXiv:1608.03983).
-    Raises ValueError for another name.
+    "my_module:factory": what factory(learning_rate=..., ...) returns, with those of num_steps, steps_per_epoch,
+    decay_epochs and decay_factor that it takes by name.
+    Raises ValueError for another name, and where a factory makes no schedule.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"config.schedule={name!r} is neither 'step' nor 'cosine'")
-    if name == "step":
-        boundaries: dict[int, float] = {}
-        for epoch in decay_epochs:  # two may fall into one step, and some behind all that can be counted
-            if (step := round(epoch * steps_per_epoch)) <= jnp.iinfo(jnp.int32).max:
-                boundaries[step] = boundaries.get(step, 1.0) * decay_factor
-        schedule = optax.piecewise_constant_schedule(learning_rate, boundaries)
-    else:
-        schedule = optax.cosine_decay_schedule(learning_rate, num_steps)
+    factory, field = _schedule(name), f"config.schedule={name!r}"
+    options = {"num_steps": num_steps, "steps_per_epoch": steps_per_epoch}
+    options |= dict(zip(DECAY, (decay_epochs, decay_factor), strict=True))
+    names = _own.parameters(factory)
+    try:
+        schedule = factory(learning_rate=learning_rate, **{each: options[each] for each in options if each in names})
+    except TypeError as error:
+        raise ValueError(f"{field}: {error}; it is called as factory(learning_rate=..., num_steps=...)") from error
+    if not callable(schedule):
+        raise ValueError(f"{field} returned a {type(schedule).__name__}; return a function of the step")
+    rate = jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))
+    if getattr(rate, "shape", None) != () or not jnp.issubdtype(rate.dtype, jnp.floating):
+        raise ValueError(f"{field} returned a function whose value is {rate}; it has to be one float, the rate")
     if not (warmup := round(warmup_epochs * steps_per_epoch)):
         return schedule
     return lambda step: schedule(step) * jnp.minimum((step + 1) / warmup, 1.0)
+
+
+def schedule_takes(name: str) -> tuple[str, ...]:
+    """Those of `DECAY` that a schedule takes; ValueError for a name that is none."""
+    names = _own.parameters(_schedule(name))
+    return tuple(option for option in DECAY if option in names)
+
+
+def _schedule(name: str) -> Callable[..., optax.Schedule]:
+    if name in SCHEDULES:
+        return SCHEDULES[name]
+    if ":" not in name:
+        raise ValueError(
+            f"config.schedule={name!r} is none of {', '.join(map(repr, SCHEDULES))}; write one of them, or "
+            "my_module:factory for your own"
+        )
+    return _own.load(name, "config.schedule", "factory")
+
+
+def _step(
+    learning_rate: float, steps_per_epoch: int, decay_epochs: Sequence[float], decay_factor: float
+) -> optax.Schedule:
+    boundaries: dict[int, float] = {}
+    for epoch in decay_epochs:  # two may fall into one step, and some behind all that can be counted
+        if (step := round(epoch * steps_per_epoch)) <= jnp.iinfo(jnp.int32).max:
+            boundaries[step] = boundaries.get(step, 1.0) * decay_factor
+    return optax.piecewise_constant_schedule(learning_rate, boundaries)
+
+
+def _cosine(learning_rate: float, num_steps: int) -> optax.Schedule:
+    return optax.cosine_decay_schedule(learning_rate, num_steps)
+
+
+SCHEDULES = {"step": _step, "cosine": _cosine}
 
 
 def create_optimizer(
@@ -79,8 +119,8 @@ def used() -> Iterator[None]:
     """An error of an optimizer as it meets the parameters, or their gradients, names the field."""
     try:
         yield
-    except (TypeError, ValueError, LookupError) as error:
-        said = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        said = str(error) if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(
             f"config.optimizer cannot be used here: {said}. It is given the gradients of {{'student': ..., 'method': "
             "...}, the trees of both, and these parameters"

@@ -7,6 +7,7 @@ in each (the files, the clock, a signal), process 0 does, and tells the others.
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -18,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 WAIT = 300.0  # seconds for the other processes to come
+LOST = re.compile("gloo|nccl|connection|heartbeat|coordination", re.IGNORECASE)  # in what JAX says of one that is gone
 
 
 def initialize(where: str) -> None:
@@ -73,6 +75,20 @@ def _waiting(who: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+
+
+def end_if_lost(error: Exception) -> None:
+    """Ends this process in one sentence where an error says that another is gone; JAX would wait for it, and abort."""
+    told = isinstance(error, ValueError | jax.errors.JaxRuntimeError) and LOST.search(str(error))
+    if told and jax.process_count() > 1:
+        what = str(error).partition(": [")[0]
+        print(
+            f"Error: another process of this run is gone ({what}); start all of them again, and it goes on from its "
+            "last checkpoint",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        sys.stdout.flush()
+        os._exit(1)
 
 
 def leads() -> bool:

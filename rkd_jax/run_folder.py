@@ -111,13 +111,17 @@ def finished(workdir: Path) -> dict[str, Any] | None:
     return _files.read_json(path, needed={"best", "last"}) if path.exists() else None
 
 
+class Held(ValueError):
+    """Another run trains in a folder."""
+
+
 @contextlib.contextmanager
 def locked(
     workdir: Path, said: str = "--workdir={}: another run trains there; wait for it, or stop it"
 ) -> Iterator[bool]:
     """Keeps other runs out of a folder, which is made, and mends what a kill left of a save; yields whether it could.
 
-    ValueError, `said` of the folder, where another is there. Does nothing where a folder cannot be locked (NFS,
+    Held, `said` of the folder, where another is there. Does nothing where a folder cannot be locked (NFS,
     Windows). The lock is on the folder itself, so that nothing of it is left behind, whatever becomes of the process.
     """
     alone = False
@@ -135,7 +139,7 @@ def locked(
             for name in ("best", "last"):
                 _files.put_back(workdir / name)
         except BlockingIOError:
-            raise ValueError(said.format(workdir)) from None
+            raise Held(said.format(workdir)) from None
         except (OSError, ImportError):
             pass  # what cannot be written is told by `claim`
         yield alone

@@ -16,10 +16,11 @@ from rkd_jax.methods import takd
 LONGEST = 255  # bytes: what file systems take of a name
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike, given: Collection[str] = ()) -> None:
+def run(config: ConfigDict, workdir: str | os.PathLike, given: Collection[str] = ()) -> list[dict[str, Any]]:
     """What `python main.py` does; ValueError where the folder holds something else, a sweep where this is one run.
 
-    given: the fields that were set by hand, of which one that does nothing is an error.
+    given: the fields that were set by hand, of which one that does nothing is an error. Returns the runs' summaries: of
+    one, of each student of a sweep, of a comparison's three.
     """
     single, several, both, links = run_folder.KINDS
     kind = several if config.get("sweep") else both if config.get("compare") else single
@@ -31,15 +32,14 @@ def run(config: ConfigDict, workdir: str | os.PathLike, given: Collection[str] =
         kinds = [links, single]  # whose last run is where one run would be
     processes.in_lead(lambda: run_folder.check_kind(Path(workdir), *kinds))
     if kind == several:
-        sweep(config, workdir)
-        return
+        return sweep(config, workdir)
     if kind == both:
-        compare(config, workdir)
-        return
+        return compare(config, workdir)
     summary = distil(config, workdir)
     for name in ("best", "last") if processes.leads() else ():
         result = summary[name]
         print(f"{name:4}  step {result['step']:,}: top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %")
+    return [summary]
 
 
 def distil(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:

@@ -432,6 +432,12 @@ def test_missing_and_left_over_keys_are_named():
         convert.from_torch(state, "resnet8", 10)
 
 
+def test_what_is_no_part_of_the_network_may_be_taken_out():
+    state = state_dict() | {"aux.bias": np.zeros(3, np.float32)}
+    with pytest.raises(ValueError, match=r"1 left over: aux.bias \(3,\). Get .*, or take out of the file what is no"):
+        convert.from_torch(state, "resnet8", 10)
+
+
 def test_weights_that_are_not_finite_are_named():
     state = state_dict()
     state["fc.bias"][3] = np.nan

@@ -128,6 +128,8 @@ def drawn(*arguments):
 def test_headlines_and_legends_stay_inside(student, tmp_path):
     runs = [run(tmp_path / f"lam={lam},seed=0") for lam in range(8)]
     assert drawn("curves", "--runs", *runs)[1] == []
+    named = [run(tmp_path / f"seed={seed},method=my_module:Method,strength=0.5") for seed in range(7)]
+    assert drawn("curves", "--runs", *named)[1] == []
     assert drawn("tsne", "--networks", student, "--num_images", 20)[1] == []
     assert drawn("logit_difference", "--teacher", student, "--students", student)[1] == []
     long = {"dataset": "tiny_imagenet", "teacher": "ResNet18", "student": "MobileNetV2_64x64"}

@@ -831,6 +831,14 @@ def test_a_method_of_ones_own(tmp_path, monkeypatch, capsys):
     )
     assert methods.resolve("future:Method", {"temperature": 2.0}).temperature == 2
     assert methods.fields("future:Method")["temperature"] is float
+    (tmp_path / "unset.py").write_text(MINE.replace("float = 0.1", "float | None = None"))
+    assert methods.fields("unset:Method")["strength"] is float
+    assert methods.resolve("unset:Method", {"strength": 2.0}).strength == 2
+    (tmp_path / "several.py").write_text(MINE.replace("float = 0.1", "tuple[float, ...] = (0.1,)"))
+    assert methods.fields("several:Method")["strength"] is tuple
+    (tmp_path / "either.py").write_text(MINE.replace("float = 0.1", "float | str = 0.1"))
+    with pytest.raises(ValueError, match=r"^config.method='either:Method' has 'strength' as float | str, which a flag"):
+        methods.load("either:Method")
     (tmp_path / "whole.py").write_text(MINE.replace("strength: float = 0.1", "temperature: int = 4"))
     with pytest.raises(
         ValueError, match=r"^config.method='whole:Method' has 'temperature' as int, which others have as f"

@@ -121,13 +121,59 @@ def summed(learning_rate):
     return optax.stateless(lambda updates, params: jax.tree.map(lambda x: -learning_rate(0) * x.sum(), updates))
 
 
+def astray(learning_rate):
+    """Asks the parameters for what they are not."""
+    return optax.lookahead(optax.sgd(learning_rate), 5, 0.5)
+
+
 def every_second(learning_rate):
     return optax.MultiSteps(optax.sgd(learning_rate), 2)
 
 
 def test_another_schedule_is_named():
-    with pytest.raises(ValueError, match=r"config\.schedule='steps' is neither 'step' nor 'cosine'"):
+    mend = "write one of them, or my_module:factory"
+    with pytest.raises(ValueError, match=rf"config\.schedule='steps' is none of 'step', 'cosine'; {mend}"):
         optim.create_schedule("steps", 0.1, num_steps=6, steps_per_epoch=1)
+
+
+def triangle(learning_rate, num_steps, decay_factor):
+    """A schedule of one's own: up to the middle, and down."""
+    return lambda step: decay_factor * learning_rate * (1 - abs(2 * step / num_steps - 1))
+
+
+def test_own_schedule_is_given_what_it_takes():
+    found = rates("test_optim:triangle", (0, 750, 1500, 2250), 0.2, decay_factor=0.5, warmup_epochs=100)
+    np.testing.assert_allclose(found, [0.0, 0.05 * 751 / 1000, 0.1, 0.05], rtol=1e-6)
+    assert optim.schedule_takes("test_optim:triangle") == ("decay_factor",)
+    assert optim.schedule_takes("step") == ("decay_epochs", "decay_factor")
+    assert optim.schedule_takes("cosine") == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("optax:cosine_decay_schedule", r".*; it is called as factory\(learning_rate=..., num_steps=...\)"),
+        ("test_optim:triangles", r"cannot be imported: module 'test_optim' has no attribute 'triangles'"),
+        ("test_optim:no_schedule", "returned a float; return a function of the step"),
+        ("test_optim:two_rates", r"returned a function whose value is ShapeDtypeStruct\(shape=\(2,\).* one float"),
+        ("test_optim:no_rate", "returned a function whose value is None; it has to be one float, the rate"),
+    ],
+)
+def test_schedule_that_cannot_be_used_is_named(name, complaint):
+    with pytest.raises(ValueError, match=rf"^config\.schedule='{name}':? {complaint}"):
+        optim.create_schedule(name, 0.1, **STEPS)
+
+
+def no_schedule(learning_rate):
+    return learning_rate
+
+
+def two_rates(learning_rate):
+    return lambda step: learning_rate * jnp.ones(2)
+
+
+def no_rate(learning_rate):
+    return lambda step: None
 
 
 def test_own_optimizer_is_given_what_it_takes():
@@ -185,6 +231,10 @@ def test_run_by_another_optimizer_goes_on(tiny, tmp_path, stopped, capsys):
     ("fields", "complaint"),
     [
         ({"schedule": "cosin"}, r"config\.schedule='cosin' is none of 'step', 'cosine'"),
+        (
+            {"optimizer": "test_optim:astray", "weight_decay": 0.0},
+            r"config\.optimizer cannot be used here: AttributeError: 'dict' object has no attribute 'fast'\. It is",
+        ),
         ({"lr_warmup_epochs": 301.0}, r"config\.lr_warmup_epochs=301.0 is too high; take 300 or less"),
         (
             {"optimizer": "optax:adamw", "method": "dot"},
@@ -219,6 +269,7 @@ def test_config_that_cannot_be(tiny, tmp_path, fields, complaint):
     [
         ({"optimizer": "optax:adamw"}, ["momentum"], "momentum=0.9", "optimizer"),
         ({"schedule": "cosine"}, ["decay_epochs"], r"decay_epochs=\(.*\)", "schedule"),
+        ({"schedule": "test_optim:triangle"}, ["decay_epochs"], r"decay_epochs=\(.*\)", "schedule"),
         ({"method": "cross_entropy"}, ["teacher_checkpoint"], "teacher_checkpoint='.*'", "method"),
         ({"method": "cross_entropy", "fold_teacher": True}, ["fold_teacher"], "fold_teacher=True", "method"),
         ({"views": "test_train:cropped"}, ["crop_padding"], "crop_padding=1", "views"),

@@ -260,6 +260,21 @@ def test_signal_to_one_process_stops_all_and_they_go_on_together(slow, tmp_path)
 
 
 @pytest.mark.slow
+def test_process_whose_other_is_killed_says_so(tmp_path):
+    port, fields = free_port(), {"compare": False, "method": "cross_entropy", "num_steps": 10**6, "log_every": 1}
+    command = [sys.executable, "main.py", f"--workdir={tmp_path / 'run'}"]
+    command += [f"--config.{name}={value}" for name, value in fields.items()]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    one, other = (subprocess.Popen([*command, f"--distributed=localhost:{port},{i},2"], **pipes) for i in range(2))
+    assert any("train step" in line for line in one.stdout), one.stderr.read()
+    other.kill()
+    told = one.communicate(timeout=30)[1].splitlines()[-1]  # and no trace after it
+    assert one.returncode == 1
+    assert re.match(r"Error: another process of this run is gone \(.*Gloo.*\); start all of them again", told)
+    other.communicate()
+
+
+@pytest.mark.slow
 def test_error_of_the_first_process_is_everyones(slow, tmp_path):
     runs.distil(slow(num_steps=2), tmp_path / "run")
     started = start_two(slow(num_steps=3), tmp_path / "run")

@@ -343,6 +343,20 @@ def test_outliers_cost_a_long_row_no_precision(n):
     np.testing.assert_allclose(ranking.soft_rank(x, "DESCENDING"), ranks, rtol=0, atol=3e-7 * n)
 
 
+@pytest.mark.parametrize(("direction", "last"), [("ASCENDING", np.inf), ("DESCENDING", -np.inf)])
+@pytest.mark.parametrize("eps", [0.1, 1.0])
+def test_an_infinity_that_comes_last_is_a_mask(direction, last, eps):
+    values = jnp.asarray(np.random.default_rng(0).normal(size=(3, 7)), jnp.float32)
+
+    def ranks(values, masked):
+        filled = jnp.pad(values, ((0, 0), (0, masked)), constant_values=last)
+        return ranking.soft_rank(filled, direction, eps)[:, :7]
+
+    (found, back), (expected, theirs) = (jax.vjp(lambda x, n=n: ranks(x, n), values) for n in (4, 0))
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    np.testing.assert_allclose(back(expected)[0], theirs(expected)[0], atol=2e-5)
+
+
 def test_an_infinite_strength_gives_the_mean():
     np.testing.assert_array_equal(ranking.soft_rank(jnp.array([3.0, 1.0, 2.0]), "ASCENDING", jnp.inf), [2.0] * 3)
     np.testing.assert_array_equal(ranking.soft_sort(jnp.array([3.0, 1.0, 2.0, 2.0]), "ASCENDING", jnp.inf), [2.0] * 4)

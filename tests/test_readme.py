@@ -7,13 +7,15 @@ import statistics
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from scipy import stats
 
-from rkd_jax import runs
+from rkd_jax import checkpoint, evaluate, runs
 from rkd_jax.report import paper
 
 README = (ROOT / "README.md").read_text()
@@ -74,6 +76,23 @@ def test_teachers_of_the_docs_are_those_of_the_paper():
     assert {name: float(number) for name, _, number in rows} == published
     for name, config, _ in rows:
         assert importlib.import_module(f"configs.teachers.{config}").get_config().student == name
+
+
+def test_two_teachers_of_the_docs_are_one(teacher, tmp_path, monkeypatch):
+    variables, metadata = checkpoint.load_network(teacher)
+    (block,) = re.findall(r"```python\n(import flax.*?)```", (ROOT / "docs" / "teachers.md").read_text(), re.DOTALL)
+    (tmp_path / "ensemble.py").write_text(re.sub(r"resnet\d+", metadata["network"], block))
+    monkeypatch.syspath_prepend(tmp_path)
+    ensemble = importlib.import_module("ensemble")
+    checkpoint.save_network(tmp_path / "other", jax.tree.map(lambda x: 0.9 * x, variables), metadata)
+    ensemble.join(teacher, tmp_path / "other", tmp_path / "both")
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, len(metadata["mean"])), np.uint8)
+    both, first, second = (
+        evaluate.restore(path, images.shape[1:])(images).logits
+        for path in (tmp_path / "both", teacher, tmp_path / "other")
+    )
+    assert np.abs(first - second).max() > 0.01
+    np.testing.assert_allclose(both, (first + second) / 2, atol=1e-6)
 
 
 def test_numbers_of_the_readme_are_those_of_results():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from rkd_jax import data, methods
+from rkd_jax import data, methods, run_folder
 from rkd_jax.report import cells, paper, run, tables
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -261,6 +261,25 @@ def test_failed_run_does_not_stop_the_others(error, flags, trainer, tmp_path):
     written = list(tmp_path.glob("r/smoke/*/*.json"))
     assert len(written) == 6
     assert all(json.loads(path.read_text())["folder"] == path.stem for path in written)  # each run's in its cell
+
+
+def test_run_that_another_process_makes_is_left_to_it(flags, trainer, tmp_path, capsys):
+    def left():
+        run.main([*flags, "--table", "4", "--methods", "kd", "cross_entropy"])
+        found = capsys.readouterr().out.partition(
+            "These are left to another process, which makes them or their teacher:"
+        )
+        return re.findall(r"/([\w-]+)$", found[2], re.MULTILINE)
+
+    held = run_folder.Held("another run trains there")
+    trainer.errors["cross_entropy-seed0"] = held
+    assert left() == ["cross_entropy-seed0"]
+    assert trainer.names == ["teacher-seed0", "cross_entropy-seed0", "kd-seed0"]
+    for folder in ("w", "r"):
+        shutil.rmtree(tmp_path / folder)
+    trainer.errors = {"teacher-seed0": held}
+    assert left() == ["teacher-seed0", "kd-seed0"]
+    assert trainer.names[3:] == ["teacher-seed0", "cross_entropy-seed0"]
 
 
 @pytest.mark.parametrize(

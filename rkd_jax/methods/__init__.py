@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -56,9 +57,12 @@ def _complaint(method: type[Distiller]) -> str:
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             return f"has {name!r} without a default; give it one"
     try:
-        _kinds(method)
+        kinds = _kinds(method)
     except NameError as error:
         return f"has a field of a type that is not defined: {error}"
+    for name, kind in kinds.items():
+        if not isinstance(kind, type):
+            return f"has {name!r} as {kind}, which a flag cannot be; make it one type, such as float, or float | None"
     if method.loss is Distiller.loss:
         return "has no loss; write one"
     for name in ("init", "loss", "deploy", "wrap_optimizer"):
@@ -101,9 +105,19 @@ def fields(*others: str) -> dict[str, type]:
 
 @functools.cache
 def _kinds(method: type[Distiller]) -> dict[str, Any]:
-    """The type of each field of a method, also where its module has `from __future__ import annotations`."""
+    """The type of each field of a method, also where its module has `from __future__ import annotations`.
+
+    float of `float | None`, for every field may be unset; tuple of `tuple[int, ...]`.
+    """
     hints = typing.get_type_hints(method)
-    return {field.name: hints[field.name] for field in dataclasses.fields(method)}
+    return {field.name: _kind(hints[field.name]) for field in dataclasses.fields(method)}
+
+
+def _kind(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+        return _kind(kinds[0]) if len(kinds) == 1 else hint
+    return origin if isinstance(origin := typing.get_origin(hint), type) else hint
 
 
 def _word(kind: Any) -> str:

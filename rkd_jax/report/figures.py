@@ -173,7 +173,7 @@ def draw_ranked_logits(args: argparse.Namespace) -> Figure:
     inset = axes[0].inset_axes((0.8, HEADROOM, 0.2, 1 - HEADROOM))
     inset.imshow(np.squeeze(chosen[0]), cmap="gray")
     inset.axis("off")
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    _legend(figure, 3, *axes[1].get_legend_handles_labels())
     _headline(figure, f"{dataset}, test image {args.image}, true class {names[true]}: logits in the teacher's order")
     return figure
 
@@ -359,7 +359,7 @@ def draw_field(args: argparse.Namespace) -> Figure:
         _log(axis, values)
     elif len(ticks := sorted(set(values))) <= 10:
         axis.set_xticks(ticks, [f"{value:g}" for value in ticks])
-    figure.legend(loc="outside lower center", ncols=3)
+    _legend(figure, 3)
     _headline(figure, _title(records, f"accuracy by {args.field}"))
     return figure
 
@@ -377,7 +377,7 @@ def draw_lambda(args: argparse.Namespace) -> Figure:
         axis.plot(*zip(*papers.items(), strict=True), "d--", color=BLACK, label="the paper's Table 5")
     axis.set(xlabel="λ, weight of the ranking term", ylabel="test top-1, %")
     _log(axis, [*values, *papers])
-    figure.legend(loc="outside lower center", ncols=3)
+    _legend(figure, 3)
     _headline(figure, _title(records, "accuracy by λ; ε = {:g}".format(records[0]["config"]["eps"])))
     return figure
 
@@ -410,10 +410,19 @@ def draw_eps(args: argparse.Namespace) -> Figure:
         axis.axvline(1, color=GREY, linewidth=1, linestyle=":", label="the paper's ε" if axis is upper else None)
     _log(lower, values)
     lower.axhline(1, color=GREY, linewidth=1, label="one block: the centred logits", zorder=1)
-    figure.legend(loc="outside lower center", ncols=3)
+    _legend(figure, 3)
     what = "accuracy and blocks by ε; λ = {lam:g}, rank_scale {rank_scale}"
     _headline(figure, _title(records, what.format(**records[0]["config"])))
     return figure
+
+
+def _legend(figure: Figure, most: int, *entries: Any) -> None:
+    """Below the panels, in at most so many columns, and in fewer where the names would not fit."""
+    for columns in range(most, 0, -1):
+        legend = figure.legend(*entries, loc="outside lower center", ncols=columns)
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            return
+        legend.remove()
 
 
 def _means(axis: Axes, x: Sequence[float], y: Sequence[float], label: str, look: Mapping[str, Any]) -> None:
@@ -487,7 +496,7 @@ def draw_curves(args: argparse.Namespace) -> Figure:
     top1.set(title="test accuracy (star: best, dot: last)", ylabel="top-1, %")
     for axis in (loss, accuracy, top1):
         axis.set_xlabel("epoch")
-    figure.legend(loc="outside lower center", ncols=min(5, len(runs)))
+    _legend(figure, min(5, len(runs)))
     return figure
 
 

@@ -1,6 +1,7 @@
 """Runs what the paper's tables need and is not yet in the results: `python -m rkd_jax.report.run --table 4`.
 
-Interrupted, the same command goes on where it was. `python -m rkd_jax.report.tables` prints the tables.
+Interrupted, the same command goes on where it was. Several of them share the work, where folders can be locked.
+`python -m rkd_jax.report.tables` prints the tables.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from rkd_jax import _devices, _files, _flags, _memory, evaluate, experiment, provenance, runs, train
+from rkd_jax import _devices, _files, _flags, _memory, evaluate, experiment, provenance, run_folder, runs, train
 from rkd_jax.methods import takd
 from rkd_jax.report import cells, paper
 
@@ -116,19 +117,23 @@ def groups(todo: Iterable[Run], together: int) -> list[list[Run]]:
 def execute(todo: Sequence[Run], results: Path, scale: str, together: int = 1) -> dict[str, Exception]:
     """Runs what is to be run and writes its cells' results; returns the errors of runs that failed, by their names.
 
-    Where one of a group diverges, or the device's memory does not suffice for it, its runs go on one by one.
+    Where one of a group diverges, or the device's memory does not suffice for it, its runs go on one by one. A run that
+    another process makes is left to it, and so are those whose teacher it is: `run_folder.Held` among the errors.
     """
     for config in {run.config.dataset: run.config for run in todo}.values():
         experiment.load_splits(experiment.Fields(config.to_dict()))  # what is not there is said before the first run
     errors: dict[str, Exception] = {}
-    queue = groups(todo, together)
+    queue, networks = groups(todo, together), {str(run.network): run for run in todo}
     for place, group in enumerate(queue, start=1):
         names = ", ".join(run.name for run in group)
         print(f"\n[{place}/{len(queue)}] {names}", flush=True)
         try:
+            teacher = networks.get(group[0].config.teacher_checkpoint)
+            if teacher and teacher.name in errors and not (teacher.folder / "summary.json").exists():
+                raise errors[teacher.name]
             summaries = summarize(group)
-        except (FloatingPointError, MemoryError) as error:
-            print(f"Error: {error}")
+        except (FloatingPointError, MemoryError, run_folder.Held) as error:
+            print(error if isinstance(error, run_folder.Held) else f"Error: {error}")
             if len(group) > 1:
                 queue += [[run] for run in group]
             else:
@@ -235,9 +240,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         where = ("--table", *flags.table, "--scale", flags.scale, "--results", str(flags.results))
         print(f"\nThe results are in {flags.results / flags.scale}; the tables are printed by")
         print(shlex.join(["python", "-m", "rkd_jax.report.tables", *where]))
-    if errors:
-        lines = [f"{name}: {error}" for name, error in errors.items()]
-        sys.exit("\n".join(["Error: these runs failed; the others are done:", *lines]))
+    held = [name for name, error in errors.items() if isinstance(error, run_folder.Held)]
+    if held:
+        print("\n".join(["These are left to another process, which makes them or their teacher:", *held]))
+    if failed := [f"{name}: {error}" for name, error in errors.items() if name not in held]:
+        sys.exit("\n".join(["Error: these runs failed; the others are done:", *failed]))
 
 
 if __name__ == "__main__":
