@@ -118,13 +118,14 @@ def test_one_folder_is_of_one_kind(kind, tiny, tmp_path):
         "a sweep": tiny(method="cross_entropy", num_steps=2, sweep="learning_rate=0.1"),
         "a comparison": tiny(teacher_checkpoint="", compare=True, num_steps=2),
     }
-    runs.run(kinds[kind], tmp_path)
+    summaries = runs.run(kinds[kind], tmp_path)
+    assert [each["steps"] for each in summaries] == [2] * (3 if kind == "a comparison" else 1)
     before = sorted(tmp_path.rglob("*"))
     for other in kinds.keys() - {kind}:
         with pytest.raises(ValueError, match=rf"holds {kind}.*, and this is {other}.*; name another folder"):
             runs.run(kinds[other], tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
-    runs.run(kinds[kind], tmp_path)  # which is finished
+    assert runs.run(kinds[kind], tmp_path)[-1]["last"] == summaries[-1]["last"]  # which is finished
 
 
 def test_chain_finds_another_run_in_its_folder_before_it_trains(resnets, tmp_path, monkeypatch):
