@@ -257,7 +257,7 @@ def _check(state: Mapping[str, Any], layout: Mapping[str, _Slot], complaint: str
     if differences:
         fits = _fitting(found)
         mend = f"It holds {' or '.join(fits)}: say so" if fits else "Get the checkpoint of the network that you name"
-        if not fits and not any(kind in line for line in differences for kind in ("missing", "of another shape")):
+        if not fits and all(" left over: " in line for line in differences):
             mend += ", or take out of the file what is no part of it"
         raise ValueError(f"{complaint}; {'; '.join(differences)}. {mend}.")
 

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from rkd_jax import (
     _devices,
     _files,
+    _trees,
     data,
     experiment,
     feed,
@@ -465,9 +466,7 @@ def _begins_with(run: experiment.Experiment) -> str:
     if not (path := run.config["student_checkpoint"]):
         return ""
     leaves = jax.tree_util.tree_leaves_with_path(run.student_variables, is_leaf=lambda x: x is None)
-    new = dict.fromkeys(
-        jax.tree_util.keystr(where[1:-1] or where, simple=True, separator="/") for where, leaf in leaves if leaf is None
-    )
+    new = dict.fromkeys(_trees.name(where[1:-1] or where) for where, leaf in leaves if leaf is None)
     return f" | begins with {path}" + (f", {' and '.join(new)} new for other classes" if new else "")
 
 

@@ -837,7 +837,7 @@ def test_a_method_of_ones_own(tmp_path, monkeypatch, capsys):
     (tmp_path / "several.py").write_text(MINE.replace("float = 0.1", "tuple[float, ...] = (0.1,)"))
     assert methods.fields("several:Method")["strength"] is tuple
     (tmp_path / "either.py").write_text(MINE.replace("float = 0.1", "float | str = 0.1"))
-    with pytest.raises(ValueError, match=r"^config.method='either:Method' has 'strength' as float | str, which a flag"):
+    with pytest.raises(ValueError, match=r"^config.method='either:Method' has 'strength' as float \| str, which"):
         methods.load("either:Method")
     (tmp_path / "whole.py").write_text(MINE.replace("strength: float = 0.1", "temperature: int = 4"))
     with pytest.raises(

@@ -266,12 +266,16 @@ def test_process_whose_other_is_killed_says_so(tmp_path):
     command += [f"--config.{name}={value}" for name, value in fields.items()]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     one, other = (subprocess.Popen([*command, f"--distributed=localhost:{port},{i},2"], **pipes) for i in range(2))
-    assert any("train step" in line for line in one.stdout), one.stderr.read()
-    other.kill()
-    told = one.communicate(timeout=30)[1].splitlines()[-1]  # and no trace after it
+    try:
+        assert any("train step" in line for line in one.stdout), one.stderr.read()
+        other.kill()
+        told = one.communicate(timeout=30)[1].splitlines()[-1]  # and no trace after it
+    finally:
+        for process in (one, other):
+            process.kill()
+            process.communicate()
     assert one.returncode == 1
     assert re.match(r"Error: another process of this run is gone \(.*Gloo.*\); start all of them again", told)
-    other.communicate()
 
 
 @pytest.mark.slow

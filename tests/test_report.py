@@ -263,6 +263,15 @@ def test_failed_run_does_not_stop_the_others(error, flags, trainer, tmp_path):
     assert all(json.loads(path.read_text())["folder"] == path.stem for path in written)  # each run's in its cell
 
 
+def test_students_of_a_teacher_that_failed_fail_with_it(flags, trainer):
+    trainer.errors["teacher-seed0"] = FloatingPointError("step 3 is not finite")
+    with pytest.raises(SystemExit) as error:
+        run.main([*flags, "--table", "4", "--methods", "kd", "cross_entropy"])
+    failed = re.findall(r"/([\w-]+): step 3 is not finite", str(error.value))
+    assert failed == ["teacher-seed0", "kd-seed0"]
+    assert trainer.names == ["teacher-seed0", "cross_entropy-seed0"]
+
+
 def test_run_that_another_process_makes_is_left_to_it(flags, trainer, tmp_path, capsys):
     def left():
         run.main([*flags, "--table", "4", "--methods", "kd", "cross_entropy"])

@@ -118,7 +118,7 @@ def execute(todo: Sequence[Run], results: Path, scale: str, together: int = 1) -
     """Runs what is to be run and writes its cells' results; returns the errors of runs that failed, by their names.
 
     Where one of a group diverges, or the device's memory does not suffice for it, its runs go on one by one. A run that
-    another process makes is left to it, and so are those whose teacher it is: `run_folder.Held` among the errors.
+    another process makes is left to it: `run_folder.Held` among the errors. A teacher's error is that of its students.
     """
     for config in {run.config.dataset: run.config for run in todo}.values():
         experiment.load_splits(experiment.Fields(config.to_dict()))  # what is not there is said before the first run
